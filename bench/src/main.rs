@@ -1,0 +1,2 @@
+//! Load generators that put tapdisk and its peers side by side.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The chores of the project: `cargo xtask check`, `ci`, `sim`, `bench`, `lab`.
+fn main() {}
