@@ -10,7 +10,9 @@ use std::rc::Rc;
 
 use crate::Span;
 
-/// One contiguous piece of memory.
+/// One contiguous piece of memory. Laid out like the kernel's `struct iovec`, so that a slice of segments is an
+/// array of those.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
     ptr: NonNull<u8>,
@@ -41,6 +43,8 @@ impl Segment {
         Segment { ptr: unsafe { self.ptr.add(at) }, len }
     }
 }
+
+const _: () = assert!(size_of::<Segment>() == size_of::<libc::iovec>());
 
 #[derive(Clone)]
 enum Segments {

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use crate::buf::{Buf, Segment};
+use crate::buf::Buf;
 
 /// Every block starts at a multiple of this many bytes, enough for O_DIRECT everywhere Linux runs.
 pub const ALIGN: usize = 4096;
@@ -157,9 +157,6 @@ impl std::fmt::Debug for Pool {
         write!(f, "Pool({} bytes of arena)", self.0.arena.layout.size())
     }
 }
-
-// `Segment` is what the kernel is given; that it is two words is relied on by nobody, only expected.
-const _: () = assert!(size_of::<Segment>() == 2 * size_of::<usize>());
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,178 @@
+//! What does the I/O: the kernel's io_uring, or a simulated kernel. The rest of tapdisk knows only this much of it.
+
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{Buf, Span};
+
+use super::Fd;
+use crate::Instant;
+
+/// One thing to do, with all that must stay valid while it is done.
+#[derive(Clone, Debug)]
+pub enum Io {
+    /// pread(2) or preadv(2) at byte `at`.
+    Read {
+        /// From where.
+        fd: Rc<Fd>,
+        /// Byte of the file.
+        at: u64,
+        /// To where.
+        buf: Buf,
+    },
+    /// pwrite(2) or pwritev(2) at byte `at`.
+    Write {
+        /// To where.
+        fd: Rc<Fd>,
+        /// Byte of the file.
+        at: u64,
+        /// From where.
+        buf: Buf,
+    },
+    /// fdatasync(2).
+    Sync {
+        /// Which file.
+        fd: Rc<Fd>,
+    },
+    /// fallocate(2).
+    Allocate {
+        /// Which file.
+        fd: Rc<Fd>,
+        /// What is to become of the bytes.
+        mode: Allocate,
+        /// Which bytes.
+        span: Span,
+    },
+    /// lseek(2) for data or a hole; completes with the offset found, or ENXIO.
+    Seek {
+        /// Which file.
+        fd: Rc<Fd>,
+        /// From which byte on.
+        at: u64,
+        /// For what.
+        what: Seek,
+    },
+    /// posix_fadvise(2) with POSIX_FADV_WILLNEED.
+    WillNeed {
+        /// Which file.
+        fd: Rc<Fd>,
+        /// Which bytes.
+        span: Span,
+    },
+    /// recv(2) or recvmsg(2): completes with the first bytes to arrive, with 0 at the end of the stream.
+    Receive {
+        /// From which socket.
+        fd: Rc<Fd>,
+        /// To where.
+        buf: Buf,
+    },
+    /// send(2) or sendmsg(2): completes when all is handed over, unless an error cuts it short.
+    Send {
+        /// To which socket.
+        fd: Rc<Fd>,
+        /// From where.
+        buf: Buf,
+    },
+    /// accept4(2) with SOCK_CLOEXEC: completes with a new file descriptor, which is then the caller's to close.
+    Accept {
+        /// On which listening socket.
+        fd: Rc<Fd>,
+    },
+}
+
+impl Io {
+    /// The file it works on.
+    pub fn fd(&self) -> &Rc<Fd> {
+        match self {
+            Io::Read { fd, .. }
+            | Io::Write { fd, .. }
+            | Io::Sync { fd }
+            | Io::Allocate { fd, .. }
+            | Io::Seek { fd, .. }
+            | Io::WillNeed { fd, .. }
+            | Io::Receive { fd, .. }
+            | Io::Send { fd, .. }
+            | Io::Accept { fd } => fd,
+        }
+    }
+
+    /// Whether it may wait for somebody else for ever, so that it is cancelled when nobody wants it any more.
+    pub(crate) fn waits_for_a_peer(&self) -> bool {
+        match self {
+            Io::Receive { .. } | Io::Send { .. } | Io::Accept { .. } => true,
+            Io::Read { .. }
+            | Io::Write { .. }
+            | Io::Sync { .. }
+            | Io::Allocate { .. }
+            | Io::Seek { .. }
+            | Io::WillNeed { .. } => false,
+        }
+    }
+}
+
+/// What fallocate(2) is to do; the size of the file stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocate {
+    /// FALLOC_FL_PUNCH_HOLE: give the space back; it reads as zeroes.
+    PunchHole,
+    /// FALLOC_FL_ZERO_RANGE: zeroes, with space for them.
+    ZeroRange,
+}
+
+impl Allocate {
+    /// The `mode` of fallocate(2), always with FALLOC_FL_KEEP_SIZE.
+    pub const fn mode(self) -> i32 {
+        match self {
+            Allocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Allocate::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+        }
+    }
+}
+
+/// What lseek(2) is to look for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // SEEK_DATA and SEEK_HOLE
+pub enum Seek {
+    Data,
+    Hole,
+}
+
+/// How long a turn of the engine may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Submit and look; do not wait.
+    No,
+    /// Wait for a completion or an unpark, until then at the latest.
+    Until(Option<Instant>),
+}
+
+/// Does I/O for one thread.
+///
+/// Results are as the kernel gives them: negative for an errno, else a count, an offset or a descriptor.
+pub trait Engine {
+    /// Makes a file known, so that using it costs less; `None` where that is not to be had.
+    fn register_file(&mut self, fd: BorrowedFd<'_>) -> Option<u32>;
+
+    /// Forgets a registered file; I/O on it that is in flight goes on.
+    fn forget_file(&mut self, index: u32);
+
+    /// Takes `io` to be done; its completion carries `token`. Never fails: what cannot be submitted yet waits.
+    ///
+    /// # Safety
+    /// Until that completion the caller keeps `io` alive and where it is: its file, its memory, its segments.
+    #[allow(unsafe_code)] // a promise asked of the caller, no code
+    unsafe fn submit(&mut self, io: &Io, token: usize);
+
+    /// Asks to end the I/O with this token early; it completes all the same, with ECANCELED or as it would have.
+    fn cancel(&mut self, token: usize);
+
+    /// Submits what waits, perhaps waits, and adds what has completed to `done`, as (token, result).
+    fn turn(&mut self, wait: Wait, done: &mut Vec<(usize, i64)>);
+
+    /// The time now.
+    fn now(&self) -> Instant;
+
+    /// What ends a waiting turn from any thread, also one that is only about to begin.
+    fn unpark(&self) -> Arc<dyn Fn() + Send + Sync>;
+}

@@ -1,0 +1,280 @@
+//! I/O in flight: each operation has a slot, and the slot owns what the kernel uses until the kernel is done.
+
+pub(crate) mod engine;
+#[allow(unsafe_code)] // one of the few rooms: the kernel's ring
+pub(crate) mod uring;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use block::Errno;
+use slab::Slab;
+
+use crate::{Engine, Handle, Instant, Io, Wait};
+
+/// An open file that a ring may know by number; closed when the last user is gone, I/O in flight included.
+pub struct Fd {
+    file: File,
+    index: Option<u32>,
+    retired: Option<Rc<RefCell<Vec<u32>>>>,
+}
+
+enum File {
+    Open(OwnedFd),
+    Simulated(i32),
+}
+
+impl Fd {
+    /// A file that exists only in a simulated kernel, under this number.
+    pub fn simulated(number: i32) -> Rc<Fd> {
+        Rc::new(Fd { file: File::Simulated(number), index: None, retired: None })
+    }
+
+    /// The number of a simulated file.
+    pub fn simulated_number(&self) -> Option<i32> {
+        match &self.file {
+            File::Open(_) => None,
+            File::Simulated(number) => Some(*number),
+        }
+    }
+
+    /// The file descriptor, for calls outside of the ring.
+    ///
+    /// # Panics
+    /// For a simulated file: nothing that runs in a simulation makes calls outside of the engine.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.file {
+            File::Open(fd) => fd.as_fd(),
+            File::Simulated(number) => panic!("simulated file {number} has no descriptor"),
+        }
+    }
+
+    pub(crate) fn index(&self) -> Option<u32> {
+        self.index
+    }
+}
+
+impl std::fmt::Debug for Fd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.file {
+            File::Open(fd) => write!(f, "{fd:?}"),
+            File::Simulated(number) => write!(f, "simulated file {number}"),
+        }
+    }
+}
+
+impl Drop for Fd {
+    fn drop(&mut self) {
+        // Not at once: the engine may be at work when the last user goes.
+        if let (Some(index), Some(retired)) = (self.index, &self.retired) {
+            retired.borrow_mut().push(index);
+        }
+    }
+}
+
+/// What one operation in flight holds on to.
+struct Slot {
+    io: Io,
+    /// What the request that it belongs to keeps until its last operation is done: its claim to an answer.
+    #[allow(dead_code)] // held, never looked at
+    scope: Option<Rc<dyn Any>>,
+    /// What only this operation keeps, such as a lock on the bytes that it writes.
+    #[allow(dead_code)] // held, never looked at
+    keep: Option<Rc<dyn Any>>,
+    state: State,
+}
+
+enum State {
+    Waiting(Option<Waker>),
+    Done(i64),
+    /// Nobody waits any more; the kernel may still be at work.
+    Abandoned,
+}
+
+/// All operations in flight of one thread, and the engine that does them.
+pub(crate) struct Ring {
+    engine: RefCell<Box<dyn Engine>>,
+    slots: RefCell<Slab<Slot>>,
+    retired: Rc<RefCell<Vec<u32>>>,
+    done: RefCell<Vec<(usize, i64)>>,
+    /// Operations whose future was dropped before the kernel was done, so far.
+    abandoned: Cell<u64>,
+}
+
+impl Ring {
+    pub(crate) fn new(engine: Box<dyn Engine>) -> Ring {
+        Ring {
+            engine: RefCell::new(engine),
+            slots: RefCell::default(),
+            retired: Rc::default(),
+            done: RefCell::default(),
+            abandoned: Cell::new(0),
+        }
+    }
+
+    pub(crate) fn register(&self, fd: OwnedFd) -> Rc<Fd> {
+        let index = self.engine.borrow_mut().register_file(fd.as_fd());
+        Rc::new(Fd { file: File::Open(fd), index, retired: Some(self.retired.clone()) })
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        self.engine.borrow().now()
+    }
+
+    fn submit(&self, io: Io, scope: Option<Rc<dyn Any>>, keep: Option<Rc<dyn Any>>) -> usize {
+        let mut slots = self.slots.borrow_mut();
+        let token = slots.insert(Slot { io, scope, keep, state: State::Waiting(None) });
+        // The slab may move its slots when it grows; what the engine is shown does not: buffers are behind
+        // pointers that the slot's `Io` owns, and so are segments (see `block::Buf`).
+        self.submit_slot(&slots[token].io, token);
+        token
+    }
+
+    #[allow(unsafe_code)]
+    fn submit_slot(&self, io: &Io, token: usize) {
+        // SAFETY: the slot that owns `io` is removed only in `finish` and `Completion::poll`, both after the
+        // completion with this token has been reaped; the memory and the segments that `io` points to live on
+        // the heap and are kept by it.
+        unsafe { self.engine.borrow_mut().submit(io, token) }
+    }
+
+    /// Lets the engine take a turn and hands out what has completed.
+    pub(crate) fn turn(&self, wait: Wait) {
+        let mut done = std::mem::take(&mut *self.done.borrow_mut());
+        {
+            let mut engine = self.engine.borrow_mut();
+            for index in self.retired.borrow_mut().drain(..) {
+                engine.forget_file(index);
+            }
+            engine.turn(wait, &mut done);
+        }
+        for (token, result) in done.drain(..) {
+            self.finish(token, result);
+        }
+        *self.done.borrow_mut() = done;
+    }
+
+    fn finish(&self, token: usize, result: i64) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token];
+        match std::mem::replace(&mut slot.state, State::Done(result)) {
+            State::Waiting(waker) => {
+                drop(slots);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+            }
+            State::Abandoned => {
+                let slot = slots.remove(token);
+                drop(slots);
+                if let (Io::Accept { .. }, Ok(fd)) = (&slot.io, i32::try_from(result)) {
+                    drop(uring::adopt(fd)); // a connection that nobody will serve
+                }
+                drop(slot); // may answer its request: nothing of ours is borrowed here
+            }
+            State::Done(_) => unreachable!("one operation completed twice"),
+        }
+    }
+
+    /// Operations that the kernel has not completed.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.slots.borrow().iter().filter(|(_, slot)| !matches!(slot.state, State::Done(_))).count()
+    }
+
+    /// Asks for the early end of all that waits for a peer, and waits until the kernel is done with everything.
+    pub(crate) fn drain(&self) {
+        let waiting: Vec<usize> = self
+            .slots
+            .borrow()
+            .iter()
+            .filter(|(_, slot)| slot.io.waits_for_a_peer() && !matches!(slot.state, State::Done(_)))
+            .map(|(token, _)| token)
+            .collect();
+        for token in waiting {
+            self.engine.borrow_mut().cancel(token);
+        }
+        while self.in_flight() > 0 {
+            self.turn(Wait::Until(None));
+        }
+    }
+}
+
+/// A future for one operation in flight. Dropping it leaves file, memory and scope with the ring until the kernel
+/// is done with them.
+#[must_use = "the operation is under way already; its result must be looked at"]
+pub struct Completion {
+    handle: Handle,
+    token: Option<usize>,
+}
+
+impl Completion {
+    pub(crate) fn start(
+        handle: Handle,
+        io: Io,
+        scope: Option<Rc<dyn Any>>,
+        keep: Option<Rc<dyn Any>>,
+    ) -> Completion {
+        let token = handle.ring().submit(io, scope, keep);
+        Completion { handle, token: Some(token) }
+    }
+}
+
+impl Future for Completion {
+    /// The kernel's result: a count of bytes, an offset or a descriptor.
+    type Output = Result<u64, Errno>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let token = self.token.expect("not polled after its end");
+        let slot = {
+            let mut slots = self.handle.ring().slots.borrow_mut();
+            match &mut slots[token].state {
+                State::Done(_) => slots.remove(token),
+                State::Waiting(waker) => {
+                    match waker {
+                        Some(waker) => waker.clone_from(cx.waker()),
+                        None => *waker = Some(cx.waker().clone()),
+                    }
+                    return Poll::Pending;
+                }
+                State::Abandoned => unreachable!("abandoned by a future that is polled"),
+            }
+        };
+        self.token = None;
+        match slot.state {
+            State::Done(result) => Poll::Ready(Errno::from_kernel(result)),
+            State::Waiting(_) | State::Abandoned => unreachable!("taken out only when done"),
+        }
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        let Some(token) = self.token else { return };
+        let ring = self.handle.ring();
+        let mut slots = ring.slots.borrow_mut();
+        let slot = &mut slots[token];
+        match slot.state {
+            State::Done(result) => {
+                let slot = slots.remove(token);
+                drop(slots);
+                if let (Io::Accept { .. }, Ok(fd)) = (&slot.io, i32::try_from(result)) {
+                    drop(uring::adopt(fd));
+                }
+            }
+            State::Waiting(_) => {
+                slot.state = State::Abandoned;
+                ring.abandoned.set(ring.abandoned.get() + 1);
+                if slot.io.waits_for_a_peer() {
+                    drop(slots);
+                    ring.engine.borrow_mut().cancel(token);
+                }
+            }
+            State::Abandoned => unreachable!("abandoned twice"),
+        }
+    }
+}
