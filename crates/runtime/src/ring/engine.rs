@@ -44,7 +44,7 @@ pub enum Io {
         /// Which bytes.
         span: Span,
     },
-    /// lseek(2) for data or a hole; completes with the offset found, or ENXIO.
+    /// lseek(2) for data, a hole or the end; completes with the offset found, or ENXIO.
     Seek {
         /// Which file.
         fd: Rc<Fd>,
@@ -132,10 +132,11 @@ impl Allocate {
 
 /// What lseek(2) is to look for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)] // SEEK_DATA and SEEK_HOLE
+#[allow(missing_docs)] // SEEK_DATA, SEEK_HOLE, and SEEK_END for the size
 pub enum Seek {
     Data,
     Hole,
+    End,
 }
 
 /// How long a turn of the engine may take.

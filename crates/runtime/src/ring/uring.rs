@@ -512,6 +512,7 @@ fn seek(job: &Job) -> i64 {
     let whence = match job.what {
         Seek::Data => libc::SEEK_DATA,
         Seek::Hole => libc::SEEK_HOLE,
+        Seek::End => libc::SEEK_END,
     };
     // SAFETY: lseek64 touches no memory; the descriptor stays open by the contract of `Engine::submit`. Nobody uses
     // the file's position, so moving it harms nobody.
