@@ -126,6 +126,8 @@ impl Drop for Runtime {
             inner.run_ready(&mut batch);
         }
         inner.ring.drain();
+        // Lets go of the files too: the kernel takes its time to end a ring, and a lock would last as long.
+        inner.ring.turn(Wait::No);
     }
 }
 

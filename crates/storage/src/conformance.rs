@@ -9,7 +9,7 @@ pub struct Random(pub u64);
 
 impl Random {
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -19,7 +19,7 @@ impl Random {
 
     /// A number below `limit`, which is not zero.
     pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
+        self.draw() % limit
     }
 
     /// A span of 1 to `longest` bytes within `size`, aligned half of the time.
@@ -52,7 +52,7 @@ pub async fn check(storage: &dyn Storage, seed: u64, steps: usize) {
         match random.below(10) {
             0..=3 => {
                 let mut bytes = vec![0; span.len() as usize];
-                bytes.fill_with(|| random.next() as u8);
+                bytes.fill_with(|| random.draw() as u8);
                 buf.put(0, &bytes);
                 storage.write(span.at(), buf).await.unwrap_or_else(|error| panic!("{context}: {error}"));
                 model[range].copy_from_slice(&bytes);

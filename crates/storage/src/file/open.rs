@@ -168,7 +168,7 @@ fn try_open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
         }
     }
     opened.not_direct = not_direct;
-    if opened.size % u64::from(opened.align) != 0 {
+    if !opened.size.is_multiple_of(u64::from(opened.align)) {
         // A new open file description, since O_DIRECT belongs to the description; through /proc, since the name may
         // mean another file by now.
         let same = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
