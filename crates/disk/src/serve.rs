@@ -1,0 +1,470 @@
+//! The life of a request: accepted, done or failed, perhaps tried again or held, and answered once.
+//!
+//! Here alone answers are sent. A request's answer leaves when the last holder of its claim lets go of it, and each
+//! operation that the kernel works on holds the claim: so no answer is early, whatever path led to it.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use block::{Errno, Error, Limits, Op, OpKind, Payload, Reply, Request, Result, Span};
+use runtime::{Handle, Instant};
+use slab::Slab;
+use storage::{Storage, Zeroing};
+
+use crate::failures::Failures;
+use crate::hold::{Holds, Sign};
+use crate::policy::{OnError, Policy, Verdict, judge};
+use crate::stats::Stats;
+
+/// How often one held request tries whether the cause is gone.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// How often the ages of requests are looked at.
+const WATCH_EVERY: Duration = Duration::from_secs(10);
+/// A request that storage has had for longer than this is told of in the log.
+const STALLED_AFTER: Duration = Duration::from_secs(30);
+
+/// What a disk is called and how it behaves.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// As the log calls it.
+    pub name: String,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What to do about errors.
+    pub policy: Policy,
+}
+
+/// A virtual disk; a clone is the same disk.
+#[derive(Clone)]
+pub struct Disk(Rc<Inner>);
+
+struct Inner {
+    handle: Handle,
+    storage: Rc<dyn Storage>,
+    name: Rc<str>,
+    size: u64,
+    limits: Limits,
+    read_only: bool,
+    policy: Cell<Policy>,
+    active: RefCell<Slab<Active>>,
+    stats: RefCell<Stats>,
+    holds: Holds,
+    probing: Cell<bool>,
+    failures: Rc<Failures>,
+    state: Cell<State>,
+    /// Who waits for the last active request to be answered.
+    idle: RefCell<Vec<Waker>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// No request is taken any more.
+    Closing,
+    /// A driver panicked: its state cannot be trusted, so nothing is done with it any more.
+    Fenced,
+}
+
+/// A request that was accepted and is not answered.
+struct Active {
+    kind: OpKind,
+    span: Span,
+    since: Instant,
+    held: bool,
+}
+
+/// The claim of one request to its answer, held by its task and by each operation that the kernel does for it.
+struct Claim {
+    disk: Rc<Inner>,
+    key: usize,
+    kind: OpKind,
+    bytes: u64,
+    reply: Cell<Option<Reply>>,
+    result: RefCell<Option<std::result::Result<Payload, Errno>>>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let result = self.result.take().unwrap_or_else(|| {
+            self.disk.stats.borrow_mut().lost += 1;
+            let (disk, operation) = (&*self.disk.name, self.kind.name());
+            tracing::error!(
+                disk,
+                operation,
+                "a request ended without a result: answered EIO (a bug in tapdisk)"
+            );
+            Err(Errno::EIO)
+        });
+        self.disk.answered(self.key, self.kind, self.bytes, result.is_ok());
+        if let Some(reply) = self.reply.take() {
+            reply.send(result);
+        }
+    }
+}
+
+/// Fences the disk if its owner is dropped by a panic.
+struct Fence(Rc<Inner>);
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.state.set(State::Fenced);
+            let disk = &*self.0.name;
+            tracing::error!(
+                disk,
+                "a driver panicked: this disk answers EIO until it is opened anew (a bug in tapdisk)"
+            );
+            self.0.holds.all(Sign::GiveUp);
+        }
+    }
+}
+
+impl Disk {
+    /// A disk with the contents of `storage`.
+    pub fn new(handle: &Handle, storage: Rc<dyn Storage>, config: Config) -> Disk {
+        let limits = storage.limits();
+        let inner = Rc::new(Inner {
+            handle: handle.clone(),
+            size: storage.size(),
+            limits,
+            read_only: config.read_only || limits.read_only,
+            storage,
+            name: config.name.into(),
+            policy: Cell::new(config.policy),
+            active: RefCell::default(),
+            stats: RefCell::default(),
+            holds: Holds::default(),
+            probing: Cell::new(false),
+            failures: Rc::default(),
+            state: Cell::new(State::Open),
+            idle: RefCell::default(),
+        });
+        Inner::watch(&inner);
+        Disk(inner)
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.0.size
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.0.read_only
+    }
+
+    /// What it can do and what suits it.
+    pub fn limits(&self) -> Limits {
+        self.0.limits
+    }
+
+    /// As the log calls it.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The thread that it lives on.
+    pub fn handle(&self) -> &Handle {
+        &self.0.handle
+    }
+
+    /// What it has done so far.
+    pub fn stats(&self) -> Stats {
+        self.0.stats.borrow().clone()
+    }
+
+    /// The error that every flush and write fails with, since a sync failed.
+    pub fn poison(&self) -> Option<Error> {
+        self.0.storage.poison()
+    }
+
+    /// Takes a request. It is answered once, later or before this returns.
+    ///
+    /// What a guest may not ask is answered here: EINVAL beyond the end, EPERM for a write to a read-only disk.
+    /// Interfaces check first, since their protocols have their own words for these.
+    pub fn submit(&self, request: Request) {
+        let inner = &self.0;
+        let Request { op, reply } = request;
+        let (kind, span) = (op.kind(), op.span());
+        let claim = inner.accept(kind, span, reply);
+        let refusal = match (inner.state.get(), span) {
+            (State::Fenced, _) => Some(Errno::EIO),
+            (State::Closing, _) => Some(Errno::ESHUTDOWN),
+            (State::Open, None) => Some(Errno::EINVAL),
+            (State::Open, Some(span)) if !span.is_within(inner.size) => Some(Errno::EINVAL),
+            (State::Open, Some(_)) if kind.changes() && inner.read_only => Some(Errno::EPERM),
+            (State::Open, Some(_)) => None,
+        };
+        if let Some(errno) = refusal {
+            *claim.result.borrow_mut() = Some(Err(errno));
+            return;
+        }
+        let disk = inner.clone();
+        inner.handle.spawn_in(claim.clone(), async move {
+            let fence = Fence(disk);
+            let result = fence.0.serve(&op, &claim).await;
+            *claim.result.borrow_mut() = Some(result);
+        });
+    }
+
+    /// Ends the disk: takes no request any more, answers what is held with its error, waits for the rest, then
+    /// flushes.
+    ///
+    /// # Errors
+    /// That of the flush, also an earlier one's: something that was answered is not durable.
+    pub async fn close(&self) -> Result<()> {
+        let inner = &self.0;
+        if inner.state.get() == State::Open {
+            inner.state.set(State::Closing);
+        }
+        self.give_up_held();
+        self.idle().await;
+        inner.failures.finish(&inner.handle, &inner.name);
+        inner.storage.flush().await.map_err(|error| error.during("the last flush"))
+    }
+
+    /// Answers what is held with its error, and holds nothing from now on.
+    pub fn give_up_held(&self) {
+        let inner = &self.0;
+        inner.policy.set(Policy { on_error: OnError::Report, on_enospc: None });
+        if inner.holds.count() > 0 {
+            let (disk, count) = (&*inner.name, inner.holds.count());
+            tracing::warn!(
+                disk,
+                count,
+                "held requests are answered with their error, since the disk is closed"
+            );
+        }
+        inner.holds.all(Sign::GiveUp);
+    }
+
+    /// Waits until every request that was taken is answered.
+    pub async fn idle(&self) {
+        poll_fn(|cx| {
+            if self.0.active.borrow().is_empty() {
+                return Poll::Ready(());
+            }
+            self.0.idle.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Logs counts, held requests and poison.
+    pub fn log_state(&self) {
+        let inner = &self.0;
+        let disk = &*inner.name;
+        tracing::info!(disk, "{}", self.stats());
+        if let Some(cause) = inner.holds.cause() {
+            tracing::info!(disk, held = inner.holds.count(), %cause, "requests are held");
+        }
+        match self.poison() {
+            Some(error) => {
+                tracing::info!(disk, %error, "poisoned: flushes and writes fail until it is opened anew")
+            }
+            None => tracing::info!(disk, "not poisoned: no sync has failed"),
+        }
+        if inner.state.get() == State::Fenced {
+            tracing::info!(disk, "fenced after a panic");
+        }
+    }
+}
+
+impl Inner {
+    fn accept(self: &Rc<Self>, kind: OpKind, span: Option<Span>, reply: Reply) -> Rc<Claim> {
+        let span = span.unwrap_or_else(|| Span::new(0, 0).expect("an empty span"));
+        let active = Active { kind, span, since: self.handle.now(), held: false };
+        let key = self.active.borrow_mut().insert(active);
+        let mut stats = self.stats.borrow_mut();
+        stats.accepted += 1;
+        stats.in_flight += 1;
+        let (reply, result) = (Cell::new(Some(reply)), RefCell::new(None));
+        Rc::new(Claim { disk: self.clone(), key, kind, bytes: span.len(), reply, result })
+    }
+
+    fn answered(&self, key: usize, kind: OpKind, bytes: u64, ok: bool) {
+        let mut active = self.active.borrow_mut();
+        let gone = active.remove(key);
+        let mut stats = self.stats.borrow_mut();
+        stats.answered += 1;
+        if gone.held {
+            stats.held -= 1
+        } else {
+            stats.in_flight -= 1
+        }
+        stats.count(kind, ok, bytes);
+        assert_eq!(stats.accepted, stats.answered + stats.in_flight + stats.held, "a request was miscounted");
+        assert_eq!(active.len() as u64, stats.in_flight + stats.held, "a request was lost");
+        if active.is_empty() {
+            self.idle.take().into_iter().for_each(Waker::wake);
+        }
+    }
+
+    /// Does a request until it has succeeded or its error is to be told.
+    async fn serve(self: &Rc<Self>, op: &Op, claim: &Rc<Claim>) -> std::result::Result<Payload, Errno> {
+        let mut tries = 0;
+        let mut was_held = false;
+        loop {
+            let error = match self.perform(op).await {
+                Ok(payload) => {
+                    if was_held {
+                        self.space_is_back();
+                    }
+                    return Ok(payload);
+                }
+                Err(error) => error,
+            };
+            tries += 1;
+            let age = self.handle.now().since(self.active.borrow()[claim.key].since);
+            match judge(&error, claim.kind, tries, age, &self.policy.get()) {
+                Verdict::Answer => return Err(self.tell(claim, &error)),
+                Verdict::Retry { after } => {
+                    if after > Duration::ZERO {
+                        self.handle.sleep(after).await;
+                    } else {
+                        self.handle.yield_now().await;
+                    }
+                }
+                Verdict::Hold => {
+                    was_held = true;
+                    if self.hold(claim, &error).await == Sign::GiveUp {
+                        return Err(self.tell(claim, &error));
+                    }
+                }
+            }
+            if self.state.get() == State::Fenced {
+                return Err(Errno::EIO);
+            }
+            self.stats.borrow_mut().retries += 1;
+        }
+    }
+
+    /// Does a request once. One that must be durable is done and then synced: so a failure to write, which may be
+    /// tried again, can be told from a failure to make durable, which may not.
+    async fn perform(&self, op: &Op) -> Result<Payload> {
+        match op {
+            Op::Read { buf, .. } | Op::Write { buf, .. } if buf.is_empty() => return Ok(Payload::None),
+            Op::Discard { span, .. }
+            | Op::WriteZeroes { span, .. }
+            | Op::Status { span }
+            | Op::Prefetch { span }
+                if span.is_empty() =>
+            {
+                return Ok(Payload::None);
+            }
+            Op::Read { at, buf } => self.storage.read(*at, buf.clone()).await?,
+            Op::Write { at, buf, .. } => self.storage.write(*at, buf.clone()).await?,
+            Op::Flush => self.storage.flush().await?,
+            Op::Discard { span, .. } => self.storage.discard(*span).await?,
+            Op::WriteZeroes { span, unmap, fast, .. } => {
+                self.storage.zero(*span, Zeroing { unmap: *unmap, fast: *fast }).await?;
+            }
+            Op::Status { span } => return Ok(Payload::Runs(self.storage.extents(*span).await?)),
+            Op::Prefetch { span } => self.storage.prefetch(*span).await?,
+        }
+        if op.fua() {
+            self.storage.flush().await.map_err(|error| error.during("make the request durable"))?;
+        }
+        Ok(Payload::None)
+    }
+
+    /// Logs an error that is about to be answered.
+    fn tell(&self, claim: &Claim, error: &Error) -> Errno {
+        let span = self.active.borrow()[claim.key].span;
+        // That fast zeroing is not to be had is an answer, no failure.
+        let asked = claim.kind == OpKind::WriteZeroes && error.errno() == Errno::EOPNOTSUPP;
+        if !asked {
+            self.failures.log(&self.handle, &self.name, claim.kind, span, error);
+        }
+        error.errno()
+    }
+
+    async fn hold(self: &Rc<Self>, claim: &Claim, error: &Error) -> Sign {
+        if self.holds.count() == 0 && !self.probing.get() {
+            let (disk, operation, errno, doing) =
+                (&*self.name, claim.kind.name(), error.errno(), error.doing());
+            tracing::warn!(disk, operation, %errno, doing, "requests that fail are held until the cause is gone");
+        }
+        self.mark_held(claim.key, true);
+        self.probe();
+        let sign = self.holds.wait(error.clone()).await;
+        self.mark_held(claim.key, false);
+        sign
+    }
+
+    fn mark_held(&self, key: usize, held: bool) {
+        let mut stats = self.stats.borrow_mut();
+        self.active.borrow_mut()[key].held = held;
+        if held {
+            (stats.in_flight, stats.held) = (stats.in_flight - 1, stats.held + 1);
+        } else {
+            (stats.in_flight, stats.held) = (stats.in_flight + 1, stats.held - 1);
+        }
+    }
+
+    /// Starts the task that lets one held request after the other try, if it is not running.
+    fn probe(self: &Rc<Self>) {
+        if self.probing.replace(true) {
+            return;
+        }
+        let disk = Rc::downgrade(self);
+        let handle = self.handle.clone();
+        self.handle.spawn(async move {
+            loop {
+                handle.sleep(PROBE_EVERY).await;
+                let Some(disk) = disk.upgrade() else { return };
+                if disk.stats.borrow().held == 0 {
+                    disk.probing.set(false);
+                    return;
+                }
+                disk.holds.probe();
+            }
+        });
+    }
+
+    /// A request that was held has succeeded: the others may too.
+    fn space_is_back(&self) {
+        let count = self.holds.count();
+        if count > 0 {
+            let disk = &*self.name;
+            tracing::info!(disk, count, "a held request succeeded: the others try again");
+            self.holds.all(Sign::TryAgain);
+        }
+    }
+
+    /// Starts the task that tells of requests that storage does not answer.
+    fn watch(self: &Rc<Self>) {
+        let disk = Rc::downgrade(self);
+        let handle = self.handle.clone();
+        self.handle.spawn(async move {
+            let mut stalled = false;
+            loop {
+                handle.sleep(WATCH_EVERY).await;
+                let Some(disk) = disk.upgrade() else { return };
+                stalled = disk.look_for_stalls(stalled);
+            }
+        });
+    }
+
+    fn look_for_stalls(&self, was_stalled: bool) -> bool {
+        let now = self.handle.now();
+        let active = self.active.borrow();
+        let late = || active.iter().filter(|(_, one)| !one.held && now.since(one.since) >= STALLED_AFTER);
+        let disk = &*self.name;
+        let Some((_, oldest)) = late().min_by_key(|(_, one)| one.since) else {
+            if was_stalled {
+                tracing::info!(disk, "storage answers again");
+            }
+            return false;
+        };
+        if !was_stalled {
+            let (count, operation, offset) = (late().count(), oldest.kind.name(), oldest.span.at());
+            let seconds = now.since(oldest.since).as_secs();
+            tracing::warn!(disk, count, operation, offset, "storage has not answered for {seconds} s");
+        }
+        true
+    }
+}
