@@ -62,6 +62,8 @@ enum Step {
     Move { from: u64, len: u64 },
     Sync,
     Finish,
+    /// Of the number's file, not operation.
+    Evict,
 }
 
 /// A file opened in one way.
@@ -460,6 +462,7 @@ impl Kernel {
             Step::Move { from, len } => self.move_bytes(number, from, len),
             Step::Sync => self.sync(number),
             Step::Finish => self.finish(number, done),
+            Step::Evict => self.files[number as usize].evict(),
         }
     }
 
@@ -501,8 +504,13 @@ impl Kernel {
         if operation.result >= 0 {
             self.files[file].sync(covered);
         } else {
-            self.files[file].lose(covered, &mut self.dice, self.evict);
+            self.files[file].lose(covered, &mut self.dice);
             self.syncs[file].failed = true;
+            // Not before whoever waits for the sync has been told: until then nobody can know better.
+            if self.evict && self.opened[operation.handle].align == 1 {
+                let when = self.soon() + self.latency + self.window;
+                self.at(when, file as u64, Step::Evict);
+            }
         }
     }
 

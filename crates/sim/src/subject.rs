@@ -367,8 +367,8 @@ impl Subject {
                                 wrong("O4", &format!("{} ms after it failed", (now - at) / 1_000_000))
                             }
                             Fate::Answered => Ok(()),
-                            // The operator's patience may also end in the middle of a pause.
-                            Fate::TriedAgain if state.closing => Ok(()),
+                            // What is held is let go of when the disk is closed or fenced.
+                            Fate::TriedAgain | Fate::Held if state.closing || state.panics > 0 => Ok(()),
                             fate @ (Fate::TriedAgain | Fate::Held) => {
                                 wrong("O4", &format!("policy {policy:?} wants it {fate:?}"))
                             }
