@@ -305,8 +305,9 @@ impl Run {
         }
         let expected: u64 = self.disks.iter().map(|subject| subject.panic_count()).sum();
         let mut kernel = self.kernel.borrow_mut();
-        if panics != expected {
-            kernel.fail("panic", format!("{panics} tasks panicked, {expected} were to"));
+        // Closing a disk catches its driver's panic itself.
+        if panics > expected {
+            kernel.fail("panic", format!("{panics} tasks panicked, {expected} drivers were to"));
         }
         if kernel.in_flight() > 0 {
             let count = kernel.in_flight();

@@ -608,8 +608,12 @@ impl Subject {
             Ok(()) => Err(("O3", "success although an operation of its own failed".into())),
             Err(error) if error.is_lasting() => {
                 let errno = error.errno();
-                let justified = poison_before.unwrap_or(errno) == errno
-                    && (sync.errors.contains(&errno) || (errno == Errno::EIO && (shrunk || sync.given_up)));
+                let justified = match poison_before {
+                    Some(poison) => poison == errno,
+                    None => {
+                        sync.errors.contains(&errno) || (errno == Errno::EIO && (shrunk || sync.given_up))
+                    }
+                };
                 if poisons && justified {
                     Ok(())
                 } else {
@@ -711,6 +715,10 @@ impl Subject {
             self.fail("O1", format!("closed with {} requests unanswered", state.asked.len()));
         }
         match (result, state.poison) {
+            (Err(error), _) if state.panics > 0 && error.errno() == Errno::EIO => {}
+            (result, _) if state.panics > 0 => {
+                self.fail("O3", format!("closed with {result:?} after a driver panicked"));
+            }
             (Ok(()), Some(poison)) if !self.setup.read_only => {
                 self.fail("O2", format!("closed well although a flush had failed with {poison}"));
             }
