@@ -522,7 +522,8 @@ impl Script {
     }
 
     fn time_to_ask(&self) -> u64 {
-        self.world.guests.iter().map(|habits| habits.requests * (habits.pause + 40 * self.world.latency)).sum()
+        let each = |habits: &Habits| habits.requests * (habits.pause + 40 * self.world.latency);
+        self.world.guests.iter().map(each).sum::<u64>() + self.world.neighbour * 50 * MILLISECOND
     }
 
     /// Waits for something, but no longer than so many nanoseconds, nor beyond the end of the run.
