@@ -355,7 +355,7 @@ impl Storage for File {
             if let Some(error) = self.sync.poison().filter(|_| !self.direct) {
                 return Err(error);
             }
-            self.read_bytes(span_of(at, &buf), &buf).await
+            self.read_bytes(Span::of(at, &buf), &buf).await
         })
     }
 
@@ -363,7 +363,7 @@ impl Storage for File {
         Box::pin(async move {
             self.check_writable()?;
             let _changed = self.sync.changing();
-            self.write_bytes(span_of(at, &buf), &buf).await
+            self.write_bytes(Span::of(at, &buf), &buf).await
         })
     }
 
@@ -418,10 +418,6 @@ impl Storage for File {
     fn poison(&self) -> Option<Error> {
         self.sync.poison()
     }
-}
-
-fn span_of(at: u64, buf: &Buf) -> Span {
-    Span::new(at, buf.len() as u64).expect("the caller has checked that the request lies within the disk")
 }
 
 /// The span in pieces of at most `len` bytes that end at multiples of `align`, but for the last.
