@@ -22,7 +22,12 @@ impl Delay {
         Delay { handle: handle.clone(), below, rule, delay }
     }
 
-    fn late<'a, T: 'a>(&'a self, kind: OpKind, span: Span, go_on: impl FnOnce() -> Io<'a, T> + 'a) -> Io<'a, T> {
+    fn late<'a, T: 'a>(
+        &'a self,
+        kind: OpKind,
+        span: Span,
+        go_on: impl FnOnce() -> Io<'a, T> + 'a,
+    ) -> Io<'a, T> {
         if !self.rule.hits(kind, span) {
             return go_on();
         }

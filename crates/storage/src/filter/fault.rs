@@ -22,7 +22,8 @@ impl Fault {
     }
 
     fn check(&self, kind: OpKind, span: Span) -> Result<()> {
-        if let Some(error) = self.poison.borrow().clone().filter(|_| kind.changes() || kind == OpKind::Flush) {
+        if let Some(error) = self.poison.borrow().clone().filter(|_| kind.changes() || kind == OpKind::Flush)
+        {
             return Err(error);
         }
         if !self.rule.hits(kind, span) {

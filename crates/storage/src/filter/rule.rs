@@ -97,8 +97,12 @@ impl FromStr for Rule {
         for word in words {
             if let Some((from, to)) = word.split_once("..") {
                 let (from, to) = (offset(from)?, offset(to)?);
-                let span = to.checked_sub(from).and_then(|len| Span::new(from, len)).filter(|span| !span.is_empty());
-                bytes = Some(span.ok_or_else(|| format!("`{word}` is no range of bytes: it must end after it begins"))?);
+                let span =
+                    to.checked_sub(from).and_then(|len| Span::new(from, len)).filter(|span| !span.is_empty());
+                bytes =
+                    Some(span.ok_or_else(|| {
+                        format!("`{word}` is no range of bytes: it must end after it begins")
+                    })?);
             } else {
                 when = match word.split_once('=') {
                     Some(("nth", n)) => When::Nth(positive(n)?),
