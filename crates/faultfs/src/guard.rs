@@ -6,17 +6,22 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// Its standard input is a pipe of which we hold the other end, so that it reads the end of it when we die, however
-/// that happens. A thread of ours that waits for our own mount would keep the pipe open even after SIGKILL, hence the
-/// second watch on the process's state.
+/// that happens. A thread of ours that waits for our own mount cannot die though, and keeps the pipe open and the
+/// request unanswered; hence the second watch, for a process that is gone, a zombie, or has SIGKILL (bit 8) pending.
 const SCRIPT: &str = r#"
-    gone() { umount -c -f -l "$2" 2>/dev/null; }
-    ( while sleep 2; do
-        while read -r key state rest; do [ "$key" = State: ] && break; done 2>/dev/null < "/proc/$1/status" || state=X
-        case $state in Z | X) gone "$@"; exit ;; esac
-      done ) & watch=$!
+    unmount() { umount -c -f -l "$2"; }
+    dying() {
+        while read -r key value rest; do
+            case $key$value in
+                State:[ZX] | SigPnd:*[13579bdf]??) return 0 ;;
+                SigBlk:*) return 1 ;;
+            esac
+        done < "/proc/$1/status"
+    }
+    ( until dying "$@"; do sleep 2; done; unmount "$@" ) & watch=$!
     read -r word
     kill "$watch"
-    [ "$word" = done ] || gone "$@"
+    [ "$word" = done ] || unmount "$@"
 "#;
 
 #[derive(Debug)]

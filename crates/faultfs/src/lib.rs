@@ -22,17 +22,24 @@
 //!
 //! # What the kernel puts in between
 //!
-//! Seen on Linux 6.18, and tested here where it says so.
+//! Seen on Linux 6.18.
 //!
-//! - A write answered short, or with 0, reaches the caller as that count (tested). With
-//!   [`Options::async_direct_io`] the kernel makes `EIO` of it for an asynchronous caller.
-//! - What is longer than 1 MiB arrives as several requests, one after the other.
-//! - A truncate, fallocate, fsync or write beyond the end of the file takes the inode's lock in the kernel, and a
-//!   write inside the file shares it. So while a write hangs, an fsync of the same file does not reach us, and the
-//!   other way round; reads always do.
+//! - A write answered short, or with 0, reaches the caller of pwrite(2) as that count. io_uring writes the rest by
+//!   itself: it reports fewer bytes only if the rest fails, and `EAGAIN` if nothing is written again and again.
+//! - io_uring repeats an O_DIRECT write that fails with `EAGAIN`, hundreds or thousands of times, before it reports it:
+//!   say `count=N`.
+//! - With O_DIRECT, io_uring does reads and writes *within* io_uring_enter(2), which therefore waits for a request
+//!   that hangs or is delayed, unlike on a disk. [`Options::async_direct_io`] makes it asynchronous as on a disk; then
+//!   the kernel answers `EIO` to an asynchronous write that is short or empty.
+//! - What is longer than 1 MiB arrives as several requests.
+//! - A truncate, fallocate, fsync or write beyond the end of the file holds the inode's lock in the kernel, and a
+//!   synchronous write inside the file shares it. So while such a write hangs, an fsync of the same file does not reach
+//!   us, and the other way round; reads always do.
 //! - A caller whose request hangs cannot be killed until the request is released, the power is cut, or the
 //!   file system unmounted.
-//! - [`Cache::Back`]: the kernel trusts its own idea of the size, so a file that is open during a power cut keeps it.
+//! - statx(2) tells no alignment for O_DIRECT (STATX_DIOALIGN), and that of the memory is not checked.
+//! - Through a cache a write answered with 0 is `EIO`. With [`Cache::Back`] the kernel trusts its own idea of the size,
+//!   so a file that is open during a power cut keeps it.
 
 pub mod control;
 pub mod rule;
@@ -71,7 +78,7 @@ pub enum Cache {
     /// Nothing: every read and write reaches us.
     #[default]
     None,
-    /// What was read and written; writes reach us before they return, except those of O_DIRECT nothing else differs.
+    /// What was read and written without O_DIRECT; writes still reach us before they return.
     Through,
     /// Writes reach us when the kernel writes them back, at the latest in fsync, which then reports their errors.
     Back,
@@ -86,8 +93,8 @@ pub struct Options {
     pub capacity: Option<u64>,
     /// What offsets and lengths must be multiples of with O_DIRECT; 1 for anything.
     pub sector_bytes: u64,
-    /// Lets the kernel answer an asynchronous O_DIRECT request (libaio, io_uring) later without a thread that waits.
-    /// io_uring otherwise does the writes to one file one after the other. The price: a short write becomes `EIO`.
+    /// Lets the kernel serve asynchronous requests (io_uring, libaio) of O_DIRECT as a disk does, without a thread that
+    /// waits for the answer. The price: it answers them `EIO` if a write is short.
     pub async_direct_io: bool,
 }
 

@@ -46,6 +46,15 @@ impl Mounted {
         control::send(&self.path("socket"), command).map_err(|error| error.to_string())
     }
 
+    /// Waits until it is no longer mounted and says whether that came to pass.
+    fn is_gone(&self) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.is_mounted() && Instant::now() < deadline {
+            thread::yield_now();
+        }
+        !self.is_mounted()
+    }
+
     fn is_mounted(&self) -> bool {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         mounts.lines().any(|line| line.split(' ').nth(1) == self.path("mnt").to_str())
@@ -56,10 +65,7 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while self.is_mounted() && Instant::now() < deadline {
-            thread::yield_now();
-        }
+        assert!(self.is_gone());
         std::fs::remove_dir_all(&self.directory).unwrap();
     }
 }
@@ -119,10 +125,24 @@ fn a_process_that_is_killed_leaves_no_mount() {
     assert!(fs.is_mounted());
     fs.process.kill().unwrap();
     fs.process.wait().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while fs.is_mounted() && Instant::now() < deadline {
-        thread::yield_now();
-    }
-    assert!(!fs.is_mounted());
+    assert!(fs.is_gone());
     assert_eq!(pwrite(&file, &[1; 512], 0), Err(Errno::NOTCONN));
+}
+
+#[test]
+fn a_process_that_waits_for_its_own_mount_can_be_killed() {
+    let Some(mut fs) = Mounted::start("own") else { return };
+    create(&fs.path("mnt/disk")).set_len(4096).unwrap();
+    fs.send("rule write:hang:file=copy").unwrap();
+    pwrite(create(&fs.path("mnt/source")), &[1; 512], 0).unwrap();
+    thread::scope(|scope| {
+        let snapshot = format!("snapshot source {}", fs.path("mnt/copy").display());
+        let (socket, sent) = (fs.path("socket"), std::sync::mpsc::channel());
+        scope.spawn(move || sent.0.send(control::send(&socket, &snapshot).is_err()).unwrap());
+        fs.send("wait-hanging 1 20000").unwrap();
+        fs.process.kill().unwrap();
+        fs.process.wait().unwrap();
+        assert!(sent.1.recv().unwrap());
+    });
+    assert!(fs.is_gone());
 }

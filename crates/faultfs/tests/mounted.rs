@@ -150,6 +150,19 @@ fn a_short_count_reaches_the_caller_even_if_it_is_zero() {
 }
 
 #[test]
+fn asynchronous_direct_io_changes_nothing_for_a_synchronous_caller() {
+    let fs = mount!(Options { async_direct_io: true, ..Options::default() });
+    let file = open(&fs, "disk");
+    assert_eq!(pwrite(&file, &[1; 4096], 0), Ok(4096));
+    rule(&fs, "read+write:short=512");
+    assert_eq!(read(&file, 0, 4096), Ok(vec![1; 512]));
+    assert_eq!(pwrite(&file, &[2; 4096], 0), Ok(512));
+    fs.clear();
+    rule(&fs, "any:ENOSPC");
+    assert_eq!(pwrite(&file, &[2; 4096], 0), Err(Errno::NOSPC));
+}
+
+#[test]
 fn a_power_cut_keeps_what_was_synced_and_drops_the_rest() {
     let fs = mount!();
     let file = open(&fs, "disk");
