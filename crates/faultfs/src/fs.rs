@@ -393,8 +393,9 @@ impl fuser::Filesystem for Fs {
 
     fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
         let state = self.shared.lock();
-        let total = state.store.capacity().unwrap_or(BOUNDLESS) / BLOCK;
-        let free = total.min(state.store.free_bytes() / BLOCK);
+        let capacity = state.store.capacity().unwrap_or(BOUNDLESS);
+        let free = capacity.saturating_sub(state.store.used_bytes()) / BLOCK;
+        let total = capacity / BLOCK;
         reply.statfs(total, free, free, 1 << 20, 1 << 20, BLOCK as u32, 255, BLOCK as u32);
     }
 }

@@ -16,7 +16,8 @@
 //!   socket.
 //! - The directory is flat and holds regular files only: no links, no directories, no special files.
 //! - Every file has a live and a durable copy; [`FaultFs::power_cut`] leaves only what was synced, or with a seed any
-//!   subset of the unsynced sectors as well. The changes since the last sync are kept in memory for this.
+//!   subset of the unsynced sectors as well. Both copies and the changes since the last sync are in memory, so a file
+//!   that is written once takes twice what was written. Holes take nothing.
 //! - By default each read and write of the program reaches us as it was made (FOPEN_DIRECT_IO), whether or not the
 //!   file was opened with O_DIRECT. With O_DIRECT, offsets and lengths that are not of whole sectors are `EINVAL`.
 //!
@@ -34,7 +35,7 @@
 //! - What is longer than 1 MiB arrives as several requests.
 //! - A truncate, fallocate, fsync or write beyond the end of the file holds the inode's lock in the kernel, and a
 //!   synchronous write inside the file shares it. So while such a write hangs, an fsync of the same file does not reach
-//!   us, and the other way round; reads always do.
+//!   us, and the other way round; reads, and other writes inside the file, do.
 //! - A caller whose request hangs cannot be killed until the request is released, the power is cut, or the
 //!   file system unmounted.
 //! - statx(2) tells no alignment for O_DIRECT (STATX_DIOALIGN), and that of the memory is not checked.
