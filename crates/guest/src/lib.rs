@@ -1,6 +1,7 @@
 //! Who asks: the interfaces through which guests and clients reach a disk. Each turns what it is asked into
 //! [`block::Request`]s and each answer into its own protocol's words.
 
+pub mod budget;
 pub mod nbd;
 
 use block::{Limits, Request};

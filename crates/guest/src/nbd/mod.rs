@@ -2,6 +2,9 @@
 
 mod export;
 mod negotiation;
+mod outbox;
+mod reply;
+mod request;
 mod status;
 mod wire;
 
