@@ -105,11 +105,6 @@ impl Negotiation {
         out.extend((handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).to_be_bytes());
     }
 
-    /// Whether nothing of the client's has been understood yet, as with a port scanner.
-    pub(crate) fn is_fresh(&self) -> bool {
-        matches!(self.phase, Phase::ClientFlags)
-    }
-
     /// Takes bytes from the front of `input`, answers at most one option into `out`, and says how far it got.
     /// Whoever calls sends `out` before it calls again, so a client that does not read its answers gets no more.
     pub(crate) fn feed(&mut self, input: &mut &[u8], out: &mut Vec<u8>) -> Result<Progress, Violation> {

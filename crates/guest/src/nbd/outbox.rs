@@ -45,10 +45,6 @@ impl Outbox {
         Outbox { pool, batches: VecDeque::new(), block: None, open: 0, spare: Vec::new() }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.batches.is_empty()
-    }
-
     /// Adds a reply, and its payload if it has one. `entry` is the table's entry that is free when it is sent.
     pub(crate) fn push(&mut self, head: &[u8], payload: Option<Buf>, entry: usize) {
         if self.batches.back().is_none_or(|batch| batch.len >= BATCH_LEN) {
@@ -89,14 +85,6 @@ impl Outbox {
         self.block = None;
         self.open = 0;
         std::mem::take(&mut self.batches).into_iter().flat_map(|batch| batch.entries)
-    }
-
-    /// Gives back the memory that is only kept for speed.
-    pub(crate) fn shrink(&mut self) {
-        if self.is_empty() {
-            self.block = None;
-            self.open = 0;
-        }
     }
 
     fn put(&mut self, head: &[u8]) {
@@ -187,6 +175,6 @@ mod tests {
             outbox.push(b"head", Some(Buf::zeroed(1 << 20)), entry);
         }
         assert_eq!(outbox.clear().collect::<Vec<_>>(), (0..10).collect::<Vec<_>>());
-        assert!(outbox.is_empty() && outbox.take().is_none());
+        assert!(outbox.take().is_none());
     }
 }

@@ -203,10 +203,11 @@ mod tests {
 
     /// The errno with which it is refused, and the payload that is skipped before.
     fn refused(terms: Terms, request: (u16, u16, u64, u64)) -> (Errno, u64) {
-        match told(terms, request) {
-            Verdict::Refuse { errno, payload, .. } => (errno, payload),
-            other => panic!("{request:?} is not refused: {other:?}"),
-        }
+        let told = told(terms, request);
+        let Verdict::Refuse { errno, payload, .. } = told else {
+            panic!("{request:?} is not refused: {told:?}");
+        };
+        (errno, payload)
     }
 
     fn span(at: u64, len: u64) -> Span {
