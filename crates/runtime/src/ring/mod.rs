@@ -222,6 +222,13 @@ impl Completion {
         let token = handle.ring().submit(io, scope, keep);
         Completion { handle, token: Some(token) }
     }
+
+    /// Asks for an early end. Its result is still to be waited for: ECANCELED, or what was done before.
+    pub fn cancel(&self) {
+        if let Some(token) = self.token {
+            self.handle.ring().engine.borrow_mut().cancel(token);
+        }
+    }
 }
 
 impl Future for Completion {
