@@ -18,3 +18,17 @@ pub trait Disk {
     /// What suits it, and whether it refuses writes.
     fn limits(&self) -> Limits;
 }
+
+impl Disk for disk::Disk {
+    fn submit(&self, request: Request) {
+        disk::Disk::submit(self, request);
+    }
+
+    fn size(&self) -> u64 {
+        disk::Disk::size(self)
+    }
+
+    fn limits(&self) -> Limits {
+        disk::Disk::limits(self)
+    }
+}

@@ -7,19 +7,20 @@ use block::{Buf, Error, Limits, OpKind, Run, Span};
 use runtime::Handle;
 
 use super::Rule;
+use super::rule::Counted;
 use crate::{Io, Storage, Zeroing};
 
 /// A storage whose operations begin late where a rule says so.
 pub struct Delay {
     handle: Handle,
     below: Rc<dyn Storage>,
-    rule: Rule,
+    rule: Counted,
     delay: Duration,
 }
 
 impl Delay {
     pub(super) fn new(handle: &Handle, below: Rc<dyn Storage>, rule: Rule, delay: Duration) -> Delay {
-        Delay { handle: handle.clone(), below, rule, delay }
+        Delay { handle: handle.clone(), below, rule: Counted::new(rule), delay }
     }
 
     fn late<'a, T: 'a>(

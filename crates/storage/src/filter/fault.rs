@@ -6,19 +6,20 @@ use std::rc::Rc;
 use block::{Buf, Errno, Error, Limits, OpKind, Result, Run, Span};
 
 use super::Rule;
+use super::rule::Counted;
 use crate::{Io, Storage, Zeroing};
 
 /// A storage whose operations fail where a rule says so. A flush that fails poisons it, as the contract demands.
 pub struct Fault {
     below: Rc<dyn Storage>,
-    rule: Rule,
+    rule: Counted,
     errno: Errno,
     poison: RefCell<Option<Error>>,
 }
 
 impl Fault {
     pub(super) fn new(below: Rc<dyn Storage>, rule: Rule, errno: Errno) -> Fault {
-        Fault { below, rule, errno, poison: RefCell::default() }
+        Fault { below, rule: Counted::new(rule), errno, poison: RefCell::default() }
     }
 
     fn check(&self, kind: OpKind, span: Span) -> Result<()> {

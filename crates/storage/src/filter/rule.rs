@@ -27,19 +27,18 @@ enum When {
     Every(u64),
 }
 
-/// A rule; it counts the operations that it matched.
+/// A rule.
 ///
 /// - OPERATION: `read`, `write`, `flush`, `discard`, `zero`, `status` or `any`;
 /// - ACTION: an errno by its name (`EIO`), or `delay=MILLISECONDS`;
 /// - BYTES: `FROM..TO`, bytes of the disk with K, M, G, T (powers of 1024) or s (512-byte sectors); left out: all;
 /// - WHEN: `nth=N`, `times=N` or `every=N`; left out: always.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     kind: Option<OpKind>,
     action: Action,
     bytes: Option<Span>,
     when: When,
-    matched: Cell<u64>,
 }
 
 impl Rule {
@@ -47,18 +46,30 @@ impl Rule {
     pub fn action(&self) -> Action {
         self.action
     }
+}
+
+/// A rule at work: it counts the operations that it matched.
+pub(super) struct Counted {
+    rule: Rule,
+    matched: Cell<u64>,
+}
+
+impl Counted {
+    pub(super) fn new(rule: Rule) -> Counted {
+        Counted { rule, matched: Cell::new(0) }
+    }
 
     /// Whether this operation is to be meddled with; counts it if it matches.
-    pub fn hits(&self, kind: OpKind, span: Span) -> bool {
-        let of_kind = self.kind.is_none_or(|wanted| wanted == kind);
+    pub(super) fn hits(&self, kind: OpKind, span: Span) -> bool {
+        let of_kind = self.rule.kind.is_none_or(|wanted| wanted == kind);
         // A flush touches no bytes of its own, so no range of bytes keeps it out.
-        let in_range = kind == OpKind::Flush || self.bytes.is_none_or(|bytes| bytes.overlaps(span));
+        let in_range = kind == OpKind::Flush || self.rule.bytes.is_none_or(|bytes| bytes.overlaps(span));
         if !of_kind || !in_range {
             return false;
         }
         let number = self.matched.get() + 1;
         self.matched.set(number);
-        match self.when {
+        match self.rule.when {
             When::Always => true,
             When::Nth(nth) => number == nth,
             When::Times(times) => number <= times,
@@ -114,7 +125,7 @@ impl FromStr for Rule {
                 };
             }
         }
-        Ok(Rule { kind, action, bytes, when, matched: Cell::new(0) })
+        Ok(Rule { kind, action, bytes, when })
     }
 }
 
@@ -149,21 +160,25 @@ mod tests {
         Span::new(at, len).unwrap()
     }
 
+    fn counted(text: &str) -> Counted {
+        Counted::new(text.parse().unwrap())
+    }
+
     #[test]
     fn rules_say_what_where_and_when() {
-        let rule: Rule = "write:ENOSPC:1M..2M:nth=2".parse().unwrap();
-        assert_eq!(rule.action(), Action::Fail(Errno::ENOSPC));
+        let rule = counted("write:ENOSPC:1M..2M:nth=2");
+        assert_eq!(rule.rule.action(), Action::Fail(Errno::ENOSPC));
         assert!(!rule.hits(OpKind::Write, span(1 << 20, 1)), "the first");
         assert!(!rule.hits(OpKind::Read, span(1 << 20, 1)));
         assert!(!rule.hits(OpKind::Write, span(2 << 20, 1)));
         assert!(rule.hits(OpKind::Write, span((1 << 20) - 1, 2)), "the second");
         assert!(!rule.hits(OpKind::Write, span(1 << 20, 1)), "the third");
-        let sectors: Rule = "read:EIO:8s..9s".parse().unwrap();
+        let sectors = counted("read:EIO:8s..9s");
         assert!(sectors.hits(OpKind::Read, span(4096, 1)) && !sectors.hits(OpKind::Read, span(4608, 1)));
-        let slow: Rule = "any:delay=20:every=2".parse().unwrap();
-        assert_eq!(slow.action(), Action::Delay(Duration::from_millis(20)));
+        let slow = counted("any:delay=20:every=2");
+        assert_eq!(slow.rule.action(), Action::Delay(Duration::from_millis(20)));
         assert!(!slow.hits(OpKind::Flush, span(0, 0)) && slow.hits(OpKind::Flush, span(0, 0)));
-        let first: Rule = "flush:EIO:times=1".parse().unwrap();
+        let first = counted("flush:EIO:times=1");
         assert!(first.hits(OpKind::Flush, span(0, 0)) && !first.hits(OpKind::Flush, span(0, 0)));
     }
 
