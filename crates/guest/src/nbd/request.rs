@@ -84,10 +84,10 @@ pub(crate) fn judge(header: &Header, terms: Terms) -> Verdict {
 
 /// How many bytes follow the header.
 fn payload_len(header: &Header, style: Style) -> u64 {
-    let follows = match style {
-        Style::Simple | Style::Structured => header.command == command::WRITE,
-        Style::Extended => header.flags & flag::PAYLOAD_LEN != 0,
-    };
+    // A write's payload follows with or without the flag: some clients do not set it, and servers take
+    // that, as we do. What the client means is beyond doubt.
+    let follows = header.command == command::WRITE
+        || (style == Style::Extended && header.flags & flag::PAYLOAD_LEN != 0);
     if follows { header.len } else { 0 }
 }
 
@@ -171,10 +171,6 @@ fn check_flags(header: &Header, terms: Terms) -> Result<(), (Errno, &'static str
     };
     if header.flags & !(known | flag::FUA) != 0 {
         return Err((Errno::EINVAL, "a flag is unknown or not for this command"));
-    }
-    // Without the flag no payload follows (extension-ext-header, "Request message"), so there is nothing to write.
-    if extended && header.command == command::WRITE && header.flags & flag::PAYLOAD_LEN == 0 {
-        return Err((Errno::EINVAL, "a write says the length of its payload"));
     }
     Ok(())
 }
@@ -334,7 +330,7 @@ mod tests {
     fn extended_headers_say_whether_a_payload_follows() {
         let write = Asked::Write { span: span(0, 512), fua: false };
         assert_eq!(told(EXTENDED, (1, PAYLOAD_LEN, 0, 512)), Verdict::Serve(write));
-        assert_eq!(refused(EXTENDED, (1, 0, 0, 512)), (Errno::EINVAL, 0), "no flag, no payload");
+        assert_eq!(told(EXTENDED, (1, 0, 0, 512)), Verdict::Serve(write), "as clients in use send it");
         // "For other commands, the flag will trigger an NBD_EINVAL error", after the payload.
         for command in [0, 3, 4, 5, 6, 7, 8, 99] {
             assert_eq!(refused(EXTENDED, (command, PAYLOAD_LEN, 0, 512)), (Errno::EINVAL, 512), "{command}");
