@@ -53,7 +53,7 @@ fn negotiate(stream: &mut UnixStream) -> Result<()> {
 }
 
 /// Answers all requests that one receive brought with one send.
-fn transmit(stream: &mut UnixStream) -> Result<()> {
+pub(crate) fn transmit(stream: &mut UnixStream) -> Result<()> {
     let zeroes = vec![0; READ_MAX];
     let mut received = vec![0; RECEIVE_LEN];
     let mut replies: Vec<([u8; REPLY_LEN], usize)> = Vec::with_capacity(DEPTH_MAX);

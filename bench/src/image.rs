@@ -41,11 +41,15 @@ impl Image {
     }
 
     /// Writes every block as a reader expects it; again after a writer that has no stamps.
+    ///
+    /// In writes of 4 KiB, past an empty page cache, so that the cache holds the image in small folios: ext4 walks all
+    /// buffers of a folio for each write into it, which in large folios costs 25 µs for 4 KiB (Linux 6.18) and hides
+    /// what the servers cost.
     pub(crate) fn stamp(&self) -> Result<()> {
+        self.settle(false)?;
         let mut file = File::options().write(true).open(&self.path)?;
-        let mut bytes = vec![0; 1 << 20];
-        for at in (0..SIZE).step_by(bytes.len()) {
-            bytes.fill(FILLING);
+        let mut bytes = vec![FILLING; BLOCK];
+        for at in (0..SIZE).step_by(BLOCK) {
             fill(&mut bytes, at);
             file.write_all(&bytes).with_context(|| format!("write {}", self.path.display()))?;
         }

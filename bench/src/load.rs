@@ -267,7 +267,83 @@ fn write_frames(stream: &mut UnixStream, slots: &[Slot], ready: &[usize]) -> io:
     Ok(())
 }
 
-fn own_cpu() -> Duration {
+/// The CPU time of this thread so far.
+pub(crate) fn own_cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cell::CELLS;
+    use crate::client::reply;
+    use crate::ideal;
+    use std::thread;
+
+    const SIZE: u64 = 64 << 20;
+
+    /// Three rounds of requests of one cell against a server of the test's own.
+    fn three_turns(
+        cell: &Cell,
+        contents: Contents,
+        server: impl FnOnce(UnixStream) -> Result<()> + Send + 'static,
+    ) -> Result<u64> {
+        let (stream, other) = UnixStream::pair()?;
+        let server = thread::spawn(move || server(other));
+        let mut load = Load::new(Client { stream, size: SIZE }, cell, contents);
+        load.start()?;
+        for _ in 0..3 {
+            load.turn()?;
+        }
+        let served = load.tally.served;
+        load.finish()?;
+        server.join().expect("the server does not panic")?;
+        Ok(served)
+    }
+
+    /// Answers the first request with these bytes and waits until the client leaves.
+    fn answer(
+        bytes: impl Fn(u64) -> Vec<u8> + Send + 'static,
+    ) -> impl FnOnce(UnixStream) -> Result<()> + Send + 'static {
+        move |mut stream| {
+            let mut header = [0; REQUEST_LEN];
+            stream.read_exact(&mut header)?;
+            let cookie = u64::from_be_bytes(header[8..16].try_into()?);
+            stream.write_all(&bytes(cookie))?;
+            io::copy(&mut stream, &mut io::sink())?;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_cell_is_served_by_the_ideal_server() {
+        for cell in &CELLS {
+            let served =
+                three_turns(cell, Contents::Unknown, |mut stream| ideal::transmit(&mut stream)).unwrap();
+            assert!(served <= 3 * cell.depth as u64, "{}", cell.name);
+        }
+    }
+
+    #[test]
+    fn a_wrong_answer_is_found() {
+        fn failed(cookie: u64) -> Vec<u8> {
+            let mut reply = reply(cookie);
+            reply[7] = 28;
+            reply.to_vec()
+        }
+        fn another(cookie: u64) -> Vec<u8> {
+            [&reply(cookie + 256)[..], &[0; 4096]].concat()
+        }
+        fn zeroes(cookie: u64) -> Vec<u8> {
+            [&reply(cookie)[..], &[0; 4096]].concat()
+        }
+        type Answer = fn(u64) -> Vec<u8>;
+        for (wrong, expected) in
+            [(failed as Answer, "error 28"), (another, "not in flight"), (zeroes, "wrong data")]
+        {
+            let error = three_turns(&CELLS[0], Contents::Stamped, answer(wrong)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
 }

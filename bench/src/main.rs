@@ -160,6 +160,9 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
         let entered: Vec<&Contestant> =
             contestants.iter().filter(|contestant| contestant.enters(backend)).collect();
         let mut table = Table::new(entered.iter().map(|contestant| contestant.name().to_owned()));
+        if backend.has_file() {
+            image.stamp()?;
+        }
         for &cell in &cells {
             eprintln!("{} {}", backend.name(), CELLS[cell].name);
             for round in 0..rounds {
@@ -263,11 +266,8 @@ fn measure(
         }
         Contestant::Server(peer) => peer,
     };
-    let start = || -> Result<_> {
-        let command = peer.command(backend, places)?.context("no such back end")?;
-        Server::start(command, &places.socket, peer.export)
-    };
-    let (server, mut client) = start()?;
+    let command = peer.command(backend, places)?.context("no such back end")?;
+    let (server, mut client) = Server::start(command, &places.socket, peer.export)?;
     let contents = match backend {
         Backend::Null => Contents::Unknown,
         Backend::Ram | Backend::Cached | Backend::Direct => Contents::Stamped,
@@ -279,6 +279,7 @@ fn measure(
     ensure!(client.size == image::SIZE, "the export has {} bytes instead of {}", client.size, image::SIZE);
     let meter = Meter::of(server.pid())?;
     load::run(client, cell, contents, span, &meter)
+        .with_context(|| format!("the server said {:?}", server.said()))
 }
 
 /// What was measured, on what.
@@ -286,15 +287,17 @@ fn machine(image: &Image, versions: &[String], cores: usize, seconds: f64, round
     let kernel = rustix::system::uname();
     let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let load = fs::read_to_string("/proc/loadavg")?;
     Ok(format!(
         "Linux {} {}, {cores} cores of {}; the image, {} GiB, on {}. Load on core {CLIENT_CORE}, server on core \
-         {SERVER_CORE}; {seconds} s a cell, median of {rounds}. {}.\n\n\
+         {SERVER_CORE}; {seconds} s a cell, median of {rounds}; load average at the start {}. {}.\n\n\
          kIOPS; CPU time of the server per request; rr, rw: random read, write; sr, sw: sequential; length; depth.\n",
         kernel.release().to_string_lossy(),
         kernel.machine().to_string_lossy(),
         model.map_or("unknown make", |(_, model)| model),
         image::SIZE >> 30,
         image.file_system,
+        load.split(' ').next().unwrap_or("unknown"),
         versions.join(", "),
     ))
 }

@@ -50,6 +50,10 @@ pub(crate) struct Peer {
 }
 
 /// The servers known by name, ours first.
+///
+/// Each at its best, as measured: QEMU's io_uring needs half the CPU of its threads on the page cache and equals its
+/// native AIO on O_DIRECT; its storage daemon does better in an iothread than in its main loop (`qemu-nbd` has only
+/// that); nbdkit's default of 16 threads has the most IOPS at depth 32.
 pub(crate) fn known() -> Vec<Peer> {
     vec![
         Peer {
@@ -67,26 +71,26 @@ pub(crate) fn known() -> Vec<Peer> {
             export: "",
             null: r#"qemu-nbd --persistent -k {socket} json:{"driver":"null-co","size":1073741824}"#.into(),
             ram: String::new(),
-            cached: "qemu-nbd --persistent -k {socket} -f raw --cache=writeback --aio=threads {image}".into(),
+            cached: "qemu-nbd --persistent -k {socket} -f raw --cache=writeback --aio=io_uring {image}".into(),
             direct: "qemu-nbd --persistent -k {socket} -f raw --cache=none --aio=io_uring {image}".into(),
         },
         Peer {
             name: "qemu-storage-daemon".into(),
             version: "qemu-storage-daemon --version",
             export: "disk",
-            null: "qemu-storage-daemon --blockdev null-co,node-name=disk,size=1073741824 \
+            null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824 \
                    --nbd-server addr.type=unix,addr.path={socket} \
-                   --export nbd,id=disk,node-name=disk,writable=on"
+                   --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
                 .into(),
             ram: String::new(),
-            cached: "qemu-storage-daemon --blockdev file,node-name=disk,filename={image},aio=threads \
+            cached: "qemu-storage-daemon --object iothread,id=thread --blockdev file,node-name=disk,filename={image},aio=io_uring \
                      --nbd-server addr.type=unix,addr.path={socket} \
-                     --export nbd,id=disk,node-name=disk,writable=on"
+                     --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
                 .into(),
-            direct: "qemu-storage-daemon \
+            direct: "qemu-storage-daemon --object iothread,id=thread \
                      --blockdev file,node-name=disk,filename={image},cache.direct=on,aio=io_uring \
                      --nbd-server addr.type=unix,addr.path={socket} \
-                     --export nbd,id=disk,node-name=disk,writable=on"
+                     --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
                 .into(),
         },
         Peer {
@@ -173,7 +177,8 @@ impl Peer {
         }
         let output = places.command(self.version).ok()?.output().ok()?;
         let line = |bytes: &[u8]| String::from_utf8_lossy(bytes).lines().next().map(str::to_owned);
-        line(&output.stdout).or_else(|| line(&output.stderr)).or(Some(String::new()))
+        let line = line(&output.stdout).or_else(|| line(&output.stderr)).unwrap_or_default();
+        Some(line.trim_start_matches("This is ").trim_end_matches('.').to_owned())
     }
 }
 

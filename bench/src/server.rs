@@ -23,6 +23,7 @@ const END_MAX: Duration = Duration::from_secs(20);
 pub(crate) struct Server {
     child: Child,
     socket: PathBuf,
+    log: PathBuf,
 }
 
 impl Server {
@@ -30,23 +31,27 @@ impl Server {
     pub(crate) fn start(command: Command, socket: &Path, export: &str) -> Result<(Server, Client)> {
         remove_if_there(socket)?;
         let log = socket.with_extension("log");
-        let mut server = Server { child: spawn(command, &log)?, socket: socket.to_owned() };
+        let mut server = Server { child: spawn(command, &log)?, socket: socket.to_owned(), log };
         let start = Instant::now();
         loop {
             let error = match Client::connect(socket, export) {
                 Ok(client) => return Ok((server, client)),
                 Err(error) => error,
             };
-            let said = || fs::read_to_string(&log).unwrap_or_default();
             if let Some(status) = server.child.try_wait()? {
-                bail!("the server ended at once, {status}; it said:\n{}", said());
+                bail!("the server ended at once, {status}; it said: {:?}", server.said());
             }
             if start.elapsed() > START_MAX {
                 return Err(error)
-                    .context(format!("no client was taken in {START_MAX:?}; it said:\n{}", said()));
+                    .context(format!("no client was taken in {START_MAX:?}; it said: {:?}", server.said()));
             }
             sleep(Duration::from_millis(5));
         }
+    }
+
+    /// What it wrote to its standard output and error.
+    pub(crate) fn said(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     pub(crate) fn pid(&self) -> u32 {
