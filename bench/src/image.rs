@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{Advice, fadvise, statfs};
+use rustix::fs::{Advice, FlockOperation, fadvise, flock, statfs};
 
 /// Size of every image and export.
 pub(crate) const SIZE: u64 = 1 << 30;
@@ -28,14 +28,19 @@ pub(crate) struct Image {
     pub(crate) path: PathBuf,
     /// The file system that it lies on, by name.
     pub(crate) file_system: String,
+    /// One run at a time: two would measure each other.
+    _lock: File,
 }
 
 impl Image {
     pub(crate) fn create(dir: &Path) -> Result<Image> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-        let path = dir.join(format!("image-{}.raw", std::process::id()));
+        let lock = File::open(dir)?;
+        let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        locked.with_context(|| format!("another run holds {}", dir.display()))?;
+        let path = dir.join("image.raw");
         File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        let image = Image { path, file_system: file_system(dir)? };
+        let image = Image { path, file_system: file_system(dir)?, _lock: lock };
         image.stamp()?;
         Ok(image)
     }
