@@ -1,6 +1,7 @@
 //! I/O in flight: each operation has a slot, and the slot owns what the kernel uses until the kernel is done.
 
 pub(crate) mod engine;
+mod spin;
 #[allow(unsafe_code)] // one of the few rooms: the kernel's ring
 pub(crate) mod uring;
 

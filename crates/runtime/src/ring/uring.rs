@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use block::{Buf, Errno, Pool};
 use io_uring::types::{SubmitArgs, Timespec};
@@ -11,6 +12,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rustix::event::EventfdFlags;
 
 use super::engine::{Engine, Io, Seek, Wait};
+use super::spin::Spin;
 use crate::Instant;
 
 /// Submission queue entries: as many operations go to the kernel in one call.
@@ -92,6 +94,7 @@ pub struct Uring {
     headers: Vec<Box<libc::msghdr>>,
     bell: Arc<Bell>,
     helper: Option<Helper>,
+    spin: Spin,
     /// Keeps the registered memory.
     arena: Option<Buf>,
     start: std::time::Instant,
@@ -175,6 +178,7 @@ impl Uring {
             headers: Vec::new(),
             bell: Arc::new(Bell { eventfd, results: Mutex::default() }),
             helper: None,
+            spin: Spin::up_to(Duration::MAX),
             arena,
             start: std::time::Instant::now(),
         };
@@ -224,6 +228,12 @@ impl Uring {
 
     /// Submits, and waits for `want` completions, until `deadline` at the latest.
     fn enter(&mut self, want: usize, deadline: Option<Instant>) {
+        if want == 0 {
+            let submission = self.ring.submission();
+            if submission.is_empty() && !submission.taskrun() && !submission.cq_overflow() {
+                return;
+            }
+        }
         let result = match deadline {
             Some(deadline) if want > 0 => {
                 let left = deadline.since(self.now());
@@ -237,7 +247,7 @@ impl Uring {
             // Completions wait to be reaped first: the caller does that and comes back.
             Err(Errno::EBUSY) => {}
             // The kernel has no memory for a request just now. What is in the queue stays there.
-            Err(Errno::EAGAIN | Errno::ENOMEM) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Err(Errno::EAGAIN | Errno::ENOMEM) => std::thread::sleep(Duration::from_millis(1)),
             Err(errno) => {
                 // Nothing can be done for any request without the ring; its death must not look like a hang.
                 tracing::error!(%errno, "io_uring_enter failed: tapdisk cannot go on");
@@ -247,6 +257,40 @@ impl Uring {
         if self.ring.submission().is_empty() {
             self.headers.clear();
         }
+    }
+
+    /// Submits, then waits for a completion: looking for one first, if that has been of use lately.
+    fn wait(&mut self, deadline: Option<Instant>) {
+        // What has completed already needs no waiting for, but what was queued must go out.
+        if !self.ring.completion().is_empty() || !self.backlog.is_empty() {
+            return self.enter(0, None);
+        }
+        let begun = std::time::Instant::now();
+        let mut look = self.spin.length();
+        if let Some(deadline) = deadline {
+            look = look.min(deadline.since(self.now()));
+        }
+        if !look.is_zero() {
+            self.enter(0, None);
+            loop {
+                for _ in 0..8 {
+                    if self.has_news() {
+                        return self.enter(0, None);
+                    }
+                    std::hint::spin_loop();
+                }
+                if begun.elapsed() >= look {
+                    break;
+                }
+            }
+        }
+        self.enter(1, deadline);
+        self.spin.slept(begun.elapsed());
+    }
+
+    /// Whether there are completions, or work that the kernel needs a call of ours to do.
+    fn has_news(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
     }
 
     fn reap(&mut self, done: &mut Vec<(usize, i64)>) -> bool {
@@ -354,7 +398,7 @@ fn build(flags: RingFlags, entries: u32, completions: u32) -> std::io::Result<Io
     builder.setup_cqsize(completions);
     match flags {
         RingFlags::Deferred => {
-            builder.setup_single_issuer().setup_defer_taskrun();
+            builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
         }
         RingFlags::Cooperative => {
             builder.setup_coop_taskrun().setup_taskrun_flag();
@@ -437,11 +481,7 @@ impl Engine for Uring {
         self.push_backlog();
         match wait {
             Wait::No => self.enter(0, None),
-            Wait::Until(deadline) => {
-                // What has completed already needs no waiting for, but what was queued must go out.
-                let want = usize::from(self.ring.completion().is_empty() && self.backlog.is_empty());
-                self.enter(want, deadline);
-            }
+            Wait::Until(deadline) => self.wait(deadline),
         }
         self.reap(done);
     }
