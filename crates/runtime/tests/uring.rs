@@ -313,3 +313,19 @@ fn a_receive_that_is_called_back_tells_what_it_received() {
         assert_eq!(something.await, Ok(4));
     });
 }
+
+#[test]
+fn a_receive_of_pieces_that_waits_leaves_all_other_memory_alone() {
+    each(|handle| async move {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let fd = handle.register(ours.into());
+        let pieces = Buf::concat(vec![Buf::zeroed(2), Buf::zeroed(3)]);
+        let receiving = handle.receive(&fd, &pieces);
+        handle.sleep(Duration::from_millis(1)).await;
+        // As large as the kernel's msghdr, which it writes when the receive completes.
+        let others: Vec<Box<[u64; 7]>> = (0..10_000).map(|_| Box::new([u64::MAX; 7])).collect();
+        theirs.write_all(b"12345").unwrap();
+        assert_eq!(receiving.await, Ok(5));
+        assert!(others.iter().all(|other| **other == [u64::MAX; 7]));
+    });
+}

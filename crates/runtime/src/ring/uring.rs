@@ -89,9 +89,10 @@ pub struct Uring {
     files: Files,
     /// What did not fit the submission queue.
     backlog: VecDeque<squeue::Entry>,
-    /// The headers of sendmsg and recvmsg; the kernel reads each when it is submitted (IORING_FEAT_SUBMIT_STABLE).
-    #[allow(clippy::vec_box)] // they must stay where they are while the vector grows
-    headers: Vec<Box<libc::msghdr>>,
+    /// The headers of sendmsg and recvmsg, by token. The kernel reads each when it is submitted, and writes that of
+    /// a recvmsg when it completes (flags and lengths; `____sys_recvmsg` in net/socket.c): so it stays where it is
+    /// until the next operation with this token.
+    headers: Vec<Option<Box<libc::msghdr>>>,
     bell: Arc<Bell>,
     helper: Option<Helper>,
     spin: Spin,
@@ -222,7 +223,7 @@ impl Uring {
 
     fn try_push(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: the entry names memory that stays until its completion: buffers and segments by the contract of
-        // `Engine::submit`, a header in `self.headers` until it has been submitted, our eventfd for good.
+        // `Engine::submit`, a header in `self.headers` (see there), our eventfd for good.
         unsafe { self.ring.submission().push(entry).is_ok() }
     }
 
@@ -253,9 +254,6 @@ impl Uring {
                 tracing::error!(%errno, "io_uring_enter failed: tapdisk cannot go on");
                 std::process::abort();
             }
-        }
-        if self.ring.submission().is_empty() {
-            self.headers.clear();
         }
     }
 
@@ -311,28 +309,30 @@ impl Uring {
         unparked || done.len() > before
     }
 
-    fn header(&mut self, buf: &Buf) -> *mut libc::msghdr {
+    fn header(&mut self, buf: &Buf, token: usize) -> *mut libc::msghdr {
+        if self.headers.len() <= token {
+            self.headers.resize_with(token + 1, || None);
+        }
         // SAFETY: an all-zero msghdr is valid: null pointers and lengths of zero.
-        let mut header: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
+        let header = self.headers[token].get_or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
         header.msg_iov = buf.segments().as_ptr().cast_mut().cast();
         header.msg_iovlen = buf.segments().len() as _;
-        self.headers.push(header);
-        match self.headers.last_mut() {
-            Some(header) => &raw mut **header,
-            None => unreachable!("just pushed"),
-        }
+        // What the kernel wrote there for the operation before.
+        header.msg_controllen = 0;
+        header.msg_flags = 0;
+        &raw mut **header
     }
 
-    fn entry(&mut self, io: &Io) -> squeue::Entry {
+    fn entry(&mut self, io: &Io, token: usize) -> squeue::Entry {
         // A registered file is named by its number and a flag.
         let (fd, flags) = match io.fd().index() {
             Some(index) => (types::Fd(index as i32), squeue::Flags::FIXED_FILE),
             None => (types::Fd(io.fd().as_fd().as_raw_fd()), squeue::Flags::empty()),
         };
-        self.entry_on(io, fd).flags(flags)
+        self.entry_on(io, token, fd).flags(flags).user_data(token as u64)
     }
 
-    fn entry_on(&mut self, io: &Io, fd: types::Fd) -> squeue::Entry {
+    fn entry_on(&mut self, io: &Io, token: usize, fd: types::Fd) -> squeue::Entry {
         match io {
             Io::Read { at, buf, .. } => match one(buf) {
                 Some((ptr, len)) if buf.is_registered() && self.arena.is_some() => {
@@ -358,13 +358,13 @@ impl Uring {
             }
             Io::Receive { buf, .. } => match one(buf) {
                 Some((ptr, len)) => opcode::Recv::new(fd, ptr, len).build(),
-                None => opcode::RecvMsg::new(fd, self.header(buf)).build(),
+                None => opcode::RecvMsg::new(fd, self.header(buf, token)).build(),
             },
             Io::Send { buf, .. } => {
                 let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
                 match one(buf) {
                     Some((ptr, len)) => opcode::Send::new(fd, ptr, len).flags(flags).build(),
-                    None => opcode::SendMsg::new(fd, self.header(buf)).flags(flags as u32).build(),
+                    None => opcode::SendMsg::new(fd, self.header(buf, token)).flags(flags as u32).build(),
                 }
             }
             Io::Accept { .. } => opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
@@ -469,7 +469,7 @@ impl Engine for Uring {
             helper.ask(Job { token, fd: fd.as_fd().as_raw_fd(), at: *at, what: *what });
             return;
         }
-        let entry = self.entry(io).user_data(token as u64);
+        let entry = self.entry(io, token);
         self.push(entry);
     }
 
