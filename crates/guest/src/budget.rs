@@ -71,9 +71,9 @@ impl Budget {
         self.0.used.get()
     }
 
-    /// Whether somebody waits for memory.
+    /// Whether somebody waits who uses nothing: only others can give it what it needs.
     pub fn is_contended(&self) -> bool {
-        !self.0.line.borrow().is_empty()
+        self.0.line.borrow().iter().any(|waiter| waiter.account.used.get() == 0)
     }
 
     /// For another client.
@@ -289,7 +289,7 @@ mod tests {
         let (greedy, other) = (budget.account(), budget.account());
         let _taken = grab(&greedy);
         let mut waiting = Box::pin(greedy.take(20 * MIB));
-        assert!(poll(&mut waiting).is_none());
+        assert!(poll(&mut waiting).is_none() && !budget.is_contended());
         let mut others = Box::pin(other.take(20 * MIB));
         assert!(poll(&mut others).is_some());
     }

@@ -23,4 +23,5 @@ mod wire;
 
 pub use export::{BadName, Export, Exports};
 pub use listen::{Address, BadAddress, ListenError, Listener};
+pub use peer::Patience;
 pub use server::{Server, Settings, Stats};

@@ -13,18 +13,39 @@ use runtime::{Fd, Handle, Instant};
 use super::{negotiation, request};
 use crate::budget::{Account, Budget};
 
-/// A client that sends nothing for so long during the handshake is dropped.
-const HANDSHAKE_PAUSE_MAX: Duration = Duration::from_secs(30);
-/// A client has so long for the whole handshake, however busy it looks.
-const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(60);
-/// While others wait for memory, a client that holds some and waits to be read from or to be read by moves
-/// [`PACE_LEN`] bytes in this time, or is dropped.
-const PACE_TIME: Duration = Duration::from_secs(30);
+/// How much patience a server has with its clients.
+#[derive(Clone, Debug)]
+pub struct Patience {
+    /// A client that sends nothing for so long during the handshake is dropped.
+    pub handshake_pause: Duration,
+    /// A client has so long for the whole handshake, however busy it looks.
+    pub handshake: Duration,
+    /// While others wait for memory, a client that holds some, and is waited for, moves 64 KiB in this time or is
+    /// dropped.
+    pub pace: Duration,
+    /// A client whose last answer is on its way has so long to read it.
+    pub leave: Duration,
+    /// A connection that has moved nothing for so long gives the memory back that it keeps for speed.
+    pub idle: Duration,
+    /// Connections are looked after so often: times above are met with this precision.
+    pub round: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience {
+            handshake_pause: Duration::from_secs(30),
+            handshake: Duration::from_secs(60),
+            pace: Duration::from_secs(30),
+            leave: Duration::from_secs(5),
+            idle: Duration::from_secs(5),
+            round: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Bytes that a client moves in [`Patience::pace`].
 const PACE_LEN: u64 = 64 << 10;
-/// A client whose last answer is on its way has so long to read it.
-const LEAVE_TIME: Duration = Duration::from_secs(5);
-/// A connection that has moved nothing for so long gives the memory back that it keeps for speed.
-const IDLE_TIME: Duration = Duration::from_secs(5);
 
 /// How a connection came to its end.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -50,13 +71,15 @@ pub(crate) enum End {
 /// Why the server drops a client that has broken no rule of the protocol.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum Reason {
-    #[error("the handshake made no progress for {} s", HANDSHAKE_PAUSE_MAX.as_secs())]
+    #[error("it sent nothing for too long in the handshake")]
     HandshakePaused,
-    #[error("the handshake took more than {} s", HANDSHAKE_TIME_MAX.as_secs())]
+    #[error("it took too long for the handshake")]
     HandshakeTooLong,
-    #[error("it moved less than {PACE_LEN} bytes in {} s while others waited for its memory", PACE_TIME.as_secs())]
+    #[error(
+        "it moved less than {PACE_LEN} bytes for too long while others waited for the memory that it holds"
+    )]
     TooSlow,
-    #[error("it did not read its last answers within {} s", LEAVE_TIME.as_secs())]
+    #[error("it did not read its last answers")]
     NotReading,
     #[error("its task failed (a bug in tapdisk)")]
     Panicked,
@@ -280,7 +303,7 @@ impl Peer {
     }
 
     /// Looks after the connection from time to time: drops a client that is in the way, takes back what is idle.
-    pub(crate) fn look_after(&self, budget: &Budget) {
+    pub(crate) fn look_after(&self, budget: &Budget, patience: &Patience) {
         let now = self.handle.now();
         let moved = self.moved.get();
         if moved != self.active.get().0 {
@@ -288,23 +311,23 @@ impl Peer {
         }
         let pause = now.since(self.active.get().1);
         match self.phase.get() {
-            Phase::Handshake if now.since(self.since) > HANDSHAKE_TIME_MAX => {
+            Phase::Handshake if now.since(self.since) > patience.handshake => {
                 self.drop_for(Reason::HandshakeTooLong);
             }
-            Phase::Handshake if pause > HANDSHAKE_PAUSE_MAX => self.drop_for(Reason::HandshakePaused),
+            Phase::Handshake if pause > patience.handshake_pause => self.drop_for(Reason::HandshakePaused),
             Phase::Handshake => {}
             Phase::Transmission if self.is_receiving.get() || self.is_sending.get() => {
                 if moved - self.pace.get().0 >= PACE_LEN {
                     self.pace.set((moved, now));
                 }
-                let slow = now.since(self.pace.get().1) > PACE_TIME;
+                let slow = now.since(self.pace.get().1) > patience.pace;
                 if slow && self.account.used() > 0 && budget.is_contended() {
                     self.drop_for(Reason::TooSlow);
                 }
             }
             Phase::Transmission => {
                 self.pace.set((moved, now));
-                if self.is_large.get() && pause > IDLE_TIME {
+                if self.is_large.get() && pause > patience.idle {
                     self.is_recalled.set(true);
                     self.wake();
                 }
@@ -312,7 +335,7 @@ impl Peer {
             // How long the disk takes is not the client's fault.
             Phase::Leaving if self.unanswered.get() > 0 => self.pace.set((moved, now)),
             Phase::Leaving => {
-                if now.since(self.pace.get().1) > LEAVE_TIME {
+                if now.since(self.pace.get().1) > patience.leave {
                     self.drop_for(Reason::NotReading);
                 }
             }

@@ -14,14 +14,12 @@ use super::connection::{Connection, DropOnPanic, FinishWhenDropped};
 use super::export::Exports;
 use super::listen::{Listener, Origin};
 use super::negotiation::Negotiation;
-use super::peer::{End, Peer};
+use super::peer::{End, Patience, Peer};
 use super::session;
 use super::signal::Signal;
 use super::stream::LargeBuffers;
 use crate::budget::Budget;
 
-/// How often connections are looked after.
-const ROUND: Duration = Duration::from_secs(1);
 /// How long to wait before accepting again when the host has no descriptor or no memory for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -32,12 +30,14 @@ pub struct Settings {
     pub connections_max: usize,
     /// Bytes of memory for the payloads of all clients' requests; at least [`Budget::MIN`] is used.
     pub memory: usize,
+    /// What clients are given time for.
+    pub patience: Patience,
 }
 
 impl Default for Settings {
     /// 1024 connections, 256 MiB.
     fn default() -> Settings {
-        Settings { connections_max: 1024, memory: 256 << 20 }
+        Settings { connections_max: 1024, memory: 256 << 20, patience: Patience::default() }
     }
 }
 
@@ -52,6 +52,8 @@ pub struct Stats {
     pub unanswered: usize,
     /// Bytes of memory that requests use.
     pub memory: usize,
+    /// Bytes of memory that busy clients' stream buffers use beside it.
+    pub buffers: usize,
 }
 
 /// Serves disks to NBD clients, on the thread of those disks. A clone is the same server.
@@ -121,13 +123,14 @@ impl Server {
             requests: self.0.requests.get() + peers.values().map(|peer| peer.taken.get()).sum::<u64>(),
             unanswered: peers.values().map(|peer| peer.unanswered.get()).sum(),
             memory: self.0.budget.used(),
+            buffers: self.0.large_buffers.used(),
         }
     }
 
     /// Stops accepting clients and taking requests, answers those that were taken, and closes all connections.
     ///
     /// It waits for the disk for as long as that takes (who holds requests answers them before, or meanwhile),
-    /// then up to 5 s for clients that do not read their answers.
+    /// then up to [`Patience::leave`] for clients that do not read their answers.
     pub async fn drain(&self) {
         self.0.closing.happen();
         for peer in self.0.peers.borrow().values() {
@@ -268,14 +271,14 @@ impl Shared {
     /// Looks after all connections while there are any.
     async fn watch(&self) {
         loop {
-            self.handle.sleep(ROUND).await;
+            self.handle.sleep(self.settings.patience.round).await;
             let peers: Vec<_> = self.peers.borrow().values().cloned().collect();
             if peers.is_empty() {
                 self.is_watching.set(false);
                 return;
             }
             for peer in peers {
-                peer.look_after(&self.budget);
+                peer.look_after(&self.budget, &self.settings.patience);
             }
         }
     }

@@ -102,7 +102,7 @@ pub(crate) async fn transmit(
     end
 }
 
-/// Hears a client out; it has [`super::peer`]'s `LEAVE_TIME` for it.
+/// Hears a client out; how long is limited by [`super::peer::Patience::leave`].
 async fn linger(stream: &mut Stream) {
     if let Err(end) = stream.skip(u64::MAX).await {
         tracing::trace!(%end, "heard out");

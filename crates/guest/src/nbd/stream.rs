@@ -26,6 +26,12 @@ const LONG_LEN: usize = 32 << 10;
 #[derive(Clone, Default)]
 pub(crate) struct LargeBuffers(Rc<Cell<usize>>);
 
+impl LargeBuffers {
+    pub(crate) fn used(&self) -> usize {
+        self.0.get()
+    }
+}
+
 /// Bytes received that are not used yet, and the buffer for more.
 pub(crate) struct Stream {
     peer: Rc<Peer>,
