@@ -13,7 +13,6 @@ use std::process::Command;
 pub(crate) enum Need {
     Ext4,
     Fio,
-    Linker,
     Loop,
     NbdServer,
     Nbdcopy,
@@ -34,7 +33,6 @@ impl Need {
         match self {
             Need::Ext4 => ("mkfs.ext4", "e2fsprogs"),
             Need::Fio => ("fio", "fio"),
-            Need::Linker => ("cc", "gcc"),
             Need::Loop => ("losetup", "mount"),
             Need::NbdServer => ("nbd-server", "nbd-server"),
             Need::Nbdcopy => ("nbdcopy", "libnbd-bin"),

@@ -1,6 +1,6 @@
 //! A server of ours or of our peers: started on a raw image, waited for, stopped by its own pid.
 
-use crate::command::{self, cargo, command, start, target, until, wait};
+use crate::command::{self, cargo, start, target, until, wait};
 use crate::sweep;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
@@ -35,6 +35,7 @@ pub(crate) struct Plan {
     pub(crate) program: Option<PathBuf>,
     pub(crate) cache: Cache,
     pub(crate) image: PathBuf,
+    pub(crate) read_only: bool,
     /// More arguments; only tapdisk has any.
     pub(crate) more: Vec<String>,
 }
@@ -58,16 +59,26 @@ impl Plan {
             Kind::Tapdisk => {
                 let cache = if self.cache == Cache::Direct { "direct" } else { "buffered" };
                 command.args(["serve", "--cache", cache, "--nbd"]).arg(format!("unix:{}", socket.display()));
+                if self.read_only {
+                    command.arg("--read-only");
+                }
                 command.args(&self.more).arg(&self.image);
             }
             Kind::QemuNbd => {
                 let cache = if self.cache == Cache::Direct { "none" } else { "writeback" };
-                command.args(["--persistent", "--shared=16", "--format=raw", "--discard=unmap"]);
+                command.args(["--persistent", "--shared=128", "--format=raw", "--discard=unmap"]);
                 command.arg(format!("--cache={cache}"));
+                if self.read_only {
+                    command.arg("--read-only");
+                }
                 command.arg(format!("--socket={}", socket.display())).arg(&self.image);
             }
             Kind::Nbdkit => {
-                command.args(["--foreground", "--unix"]).arg(socket).arg("file").arg(&self.image);
+                command.args(["--foreground", "--unix"]).arg(socket);
+                if self.read_only {
+                    command.arg("--readonly");
+                }
+                command.arg("file").arg(&self.image);
             }
         }
         if self.kind != Kind::Tapdisk {
@@ -161,6 +172,10 @@ impl Server {
         wait(&mut self.child, Duration::from_secs(30))?.context("the server did not end in 30 s")
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends it as a crash would.
     pub(crate) fn kill(mut self) -> Result<()> {
         self.child.kill()?;
@@ -189,11 +204,4 @@ impl Drop for Server {
             eprintln!("xtask: could not end the server: {error}");
         }
     }
-}
-
-/// Python with libnbd's bindings is Debian's own, whatever else the PATH offers.
-pub(crate) fn python(script: &Path) -> Command {
-    let mut python = command("/usr/bin/python3", ["-u"]);
-    python.arg(script);
-    python
 }

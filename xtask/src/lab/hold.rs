@@ -45,7 +45,7 @@ impl Held {
         let mut plan = arguments.plan(image, Cache::Direct);
         plan.more = vec!["--on-enospc".into(), "hold".into()];
         let server = plan.start(work.folder())?;
-        let mut client = Client::connect(server.socket())?;
+        let client = Client::connect(server.socket())?;
         client.set_patience(Duration::from_secs(120))?;
         let writer = thread::spawn(move || write_all(client));
         // Full is when no more space is taken for a while, although there is a writer.

@@ -44,7 +44,8 @@ impl DiskFull {
 
     /// The server, on this image.
     pub(crate) fn plan(&self, image: PathBuf, cache: Cache) -> Plan {
-        Plan { kind: self.server, program: self.program.clone(), cache, image, more: Vec::new() }
+        let (kind, program) = (self.server, self.program.clone());
+        Plan { kind, program, cache, image, read_only: false, more: Vec::new() }
     }
 }
 
