@@ -88,6 +88,20 @@ pub(crate) fn run_and_hear(command: &mut Command) -> Result<String> {
     Ok(heard)
 }
 
+/// Runs tests, shows what they say, and fails if there was none: a filter that matches nothing is no success.
+pub(crate) fn test(command: &mut Command) -> Result<()> {
+    let heard = run_and_hear(command)?;
+    let count: u64 = heard.lines().filter_map(tests_passed).sum();
+    ensure!(count > 0, "`{}` ran no test", words(command));
+    println!("     {count} tests passed");
+    Ok(())
+}
+
+/// `test result: ok. 12 passed; 0 failed; …`.
+fn tests_passed(line: &str) -> Option<u64> {
+    line.strip_prefix("test result: ok. ")?.split(' ').next()?.parse().ok()
+}
+
 /// How a quiet command ended and what it said.
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
@@ -189,4 +203,26 @@ pub(crate) fn wait_while(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_without_a_test_is_no_success() {
+        let said = |passed| {
+            let line = format!("test result: ok. {passed} passed; 0 failed; 0 ignored");
+            test(&mut command("echo", [line]))
+        };
+        assert!(said(0).is_err());
+        assert!(said(3).is_ok());
+    }
+
+    #[test]
+    fn what_takes_too_long_is_ended() {
+        let start = Instant::now();
+        assert!(within(Duration::from_millis(100), &mut command("sleep", ["60"])).is_err());
+        assert!(start.elapsed() < Duration::from_secs(30));
+    }
 }

@@ -136,12 +136,13 @@ impl Drop for NoServices {
     }
 }
 
-/// A nightly toolchain, if there is one.
+/// Whether there is a nightly toolchain.
 pub(crate) fn has_nightly() -> bool {
-    output(&mut command("cargo", ["+nightly", "--version"])).is_ok()
+    has_nightly_tool(&["--version"])
 }
 
-/// Whether this cargo subcommand works on nightly.
+/// Whether this subcommand of cargo works on nightly. Nothing is downloaded to find out.
 pub(crate) fn has_nightly_tool(arguments: &[&str]) -> bool {
-    output(command("cargo", ["+nightly"]).args(arguments)).is_ok()
+    let mut tool = command("cargo", ["+nightly"]);
+    output(tool.args(arguments).env("RUSTUP_AUTO_INSTALL", "0")).is_ok()
 }

@@ -124,11 +124,6 @@ impl Model {
         self.settled[block] != 0
     }
 
-    /// The blocks that the server said are there.
-    pub(crate) fn settled_blocks(&self) -> usize {
-        self.settled.iter().filter(|generation| **generation != 0).count()
-    }
-
     /// Compares what was read at this place, whole blocks.
     pub(crate) fn check(&self, at: u64, bytes: &[u8]) -> Found {
         let mut found = Found::default();

@@ -115,11 +115,6 @@ impl Client {
         self.size
     }
 
-    /// How many requests wait for their answer.
-    pub(crate) fn in_flight(&self) -> usize {
-        self.open.len()
-    }
-
     /// How long an answer is waited for.
     pub(crate) fn set_patience(&self, patience: Duration) -> Result<()> {
         self.stream.set_read_timeout(Some(patience)).context("set a timeout")

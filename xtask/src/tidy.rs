@@ -13,8 +13,14 @@ const FOLDERS: &[&str] = &["bench", "crates", "fuzz", "lab", "xtask"];
 const SERVING: &[&str] = &["block", "runtime", "storage", "image", "disk", "guest", "tapdisk"];
 
 /// The few rooms of ARCHITECTURE.md where memory is handled by hand.
-const UNSAFE_ROOMS: &[&str] =
-    &["crates/block/src/buf", "crates/runtime/src/ring", "crates/xen/", "crates/guest/src/vhost"];
+const UNSAFE_ROOMS: &[&str] = &[
+    "crates/block/src/buf",
+    // Hands out the memory that `buf` describes.
+    "crates/block/src/pool",
+    "crates/runtime/src/ring",
+    "crates/xen/",
+    "crates/guest/src/vhost",
+];
 
 /// A file that is longer than this is two nouns.
 const LOGIC_LINES_MAX: usize = 900;

@@ -27,6 +27,7 @@ fn fio(stage: &Stage<'_>, how: &[&str], must_have_done: &[&str]) -> Result<()> {
     // Overlapping writes in flight have no order, which fio's verification would need.
     fio.args(["--size=64M", "--iodepth=16", "--serialize_overlap=1", "--randseed=2006"]);
     fio.args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=200"]).args(how);
+    fio.arg("--verify_state_save=0").current_dir(stage.work.folder());
     let ended = within(Duration::from_secs(60), &mut fio)?;
     ensure!(ended.status.success(), "fio: {}\n{}", ended.status, ended.said());
     // Some versions say a line before the JSON.
