@@ -56,7 +56,8 @@ impl Report {
         let width = self.parts.iter().map(|part| part.name.chars().count()).max().unwrap_or(0);
         println!();
         for part in &self.parts {
-            println!("{}", line(part, width));
+            let all = line(part, width);
+            println!("{}", all.lines().next().unwrap_or_default());
         }
     }
 
