@@ -3,7 +3,6 @@
 //! The same sweep runs before a run, after it, and at Ctrl-C, so a run that was killed leaves nothing that
 //! the next one does not clear.
 
-use crate::command::until;
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -119,7 +118,12 @@ fn end_recorded(folder: &Path) -> Result<()> {
         let is_ours = || born(pid).is_some_and(|born| born == noted);
         if is_ours() {
             kill(pid)?;
-            until(Duration::from_secs(5), "a killed server is gone", || Ok(!is_ours()))?;
+            // Not with `until`, which stands still once Ctrl-C was pressed.
+            let start = Instant::now();
+            while is_ours() {
+                ensure!(start.elapsed() < Duration::from_secs(10), "process {pid} was killed and lives");
+                thread::sleep(Duration::from_millis(5));
+            }
         }
     }
     Ok(())
