@@ -67,18 +67,23 @@ impl<'a> Writer<'a> {
         Ok(self.written)
     }
 
-    /// The same, to see how far it came when the connection ends.
+    /// The same, to see how far it came when the connection ends. A server that takes no more may still have
+    /// answers for what it took.
     pub(crate) fn write_while_connected(&mut self, places: impl IntoIterator<Item = u64>) -> Result<()> {
+        let mut sent = Ok(());
         for at in places {
             if self.places.len() == DEPTH {
                 self.take_answer()?;
             }
-            self.send(at)?;
+            sent = self.send(at);
+            if sent.is_err() {
+                break;
+            }
         }
         while !self.places.is_empty() {
             self.take_answer()?;
         }
-        Ok(())
+        sent
     }
 
     fn send(&mut self, at: u64) -> Result<()> {
