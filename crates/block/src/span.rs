@@ -19,6 +19,14 @@ impl Span {
         }
     }
 
+    /// The span of a buffer that holds a disk's bytes from `at` on.
+    ///
+    /// # Panics
+    /// If it wraps around: this is for those whose callers have checked that it lies within the disk.
+    pub fn of(at: u64, buf: &crate::Buf) -> Span {
+        Span::new(at, buf.len() as u64).expect("the caller has checked that the request lies within the disk")
+    }
+
     /// The first byte.
     pub const fn at(self) -> u64 {
         self.at

@@ -48,7 +48,6 @@ struct Inner {
     name: Rc<str>,
     size: u64,
     limits: Limits,
-    read_only: bool,
     policy: Cell<Policy>,
     active: RefCell<Slab<Active>>,
     stats: RefCell<Stats>,
@@ -120,12 +119,12 @@ impl Drop for Fence {
 impl Disk {
     /// A disk with the contents of `storage`.
     pub fn new(handle: &Handle, storage: Rc<dyn Storage>, config: Config) -> Disk {
-        let limits = storage.limits();
+        let mut limits = storage.limits();
+        limits.read_only |= config.read_only;
         let inner = Rc::new(Inner {
             handle: handle.clone(),
             size: storage.size(),
             limits,
-            read_only: config.read_only || limits.read_only,
             storage,
             name: config.name.into(),
             policy: Cell::new(config.policy),
@@ -146,12 +145,7 @@ impl Disk {
         self.0.size
     }
 
-    /// Whether writes are refused.
-    pub fn read_only(&self) -> bool {
-        self.0.read_only
-    }
-
-    /// What it can do and what suits it.
+    /// What suits it, what it can do, and whether it refuses writes.
     pub fn limits(&self) -> Limits {
         self.0.limits
     }
@@ -190,7 +184,7 @@ impl Disk {
             (State::Closing, _) => Some(Errno::ESHUTDOWN),
             (State::Open, None) => Some(Errno::EINVAL),
             (State::Open, Some(span)) if !span.is_within(inner.size) => Some(Errno::EINVAL),
-            (State::Open, Some(_)) if kind.changes() && inner.read_only => Some(Errno::EPERM),
+            (State::Open, Some(_)) if kind.changes() && inner.limits.read_only => Some(Errno::EPERM),
             (State::Open, Some(_)) => None,
         };
         if let Some(errno) = refusal {

@@ -3,6 +3,7 @@
 pub mod conformance;
 pub mod file;
 pub mod filter;
+mod permits;
 mod ram;
 mod range_lock;
 

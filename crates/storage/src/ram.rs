@@ -50,10 +50,6 @@ fn pieces(span: Span) -> impl Iterator<Item = (u64, usize, usize)> {
     })
 }
 
-fn span_of(at: u64, buf: &Buf) -> Span {
-    Span::new(at, buf.len() as u64).expect("the caller has checked that the request lies within the disk")
-}
-
 const LIMITS: Limits = Limits { align: 1, preferred: 4096, read_only: false, fast_zero: true };
 
 impl Storage for Ram {
@@ -68,7 +64,7 @@ impl Storage for Ram {
     fn read(&self, at: u64, buf: Buf) -> Io<'_> {
         let chunks = self.chunks.borrow();
         let mut done = 0;
-        for (number, from, len) in pieces(span_of(at, &buf)) {
+        for (number, from, len) in pieces(Span::of(at, &buf)) {
             match chunks.get(&number) {
                 Some(chunk) => buf.put(done, &chunk[from..from + len]),
                 None => buf.slice(done, len).fill(0),
@@ -81,7 +77,7 @@ impl Storage for Ram {
     fn write(&self, at: u64, buf: Buf) -> Io<'_> {
         let mut chunks = self.chunks.borrow_mut();
         let mut done = 0;
-        for (number, from, len) in pieces(span_of(at, &buf)) {
+        for (number, from, len) in pieces(Span::of(at, &buf)) {
             let chunk = chunks.entry(number).or_insert_with(|| vec![0; CHUNK as usize].into());
             buf.get(done, &mut chunk[from..from + len]);
             done += len;

@@ -1,6 +1,7 @@
 //! I/O in flight: each operation has a slot, and the slot owns what the kernel uses until the kernel is done.
 
 pub(crate) mod engine;
+mod spin;
 #[allow(unsafe_code)] // one of the few rooms: the kernel's ring
 pub(crate) mod uring;
 
@@ -172,9 +173,7 @@ impl Ring {
             State::Abandoned => {
                 let slot = slots.remove(token);
                 drop(slots);
-                if let (Io::Accept { .. }, Ok(fd)) = (&slot.io, i32::try_from(result)) {
-                    drop(uring::adopt(fd)); // a connection that nobody will serve
-                }
+                close_unserved(&slot.io, result);
                 drop(slot); // may answer its request: nothing of ours is borrowed here
             }
             State::Done(_) => unreachable!("one operation completed twice"),
@@ -204,6 +203,13 @@ impl Ring {
     }
 }
 
+/// Closes a connection that was accepted when nobody waited for it any more.
+fn close_unserved(io: &Io, result: i64) {
+    if let (Io::Accept { .. }, Ok(fd)) = (io, Errno::from_kernel(result)) {
+        drop(uring::adopt(fd as i32));
+    }
+}
+
 /// A future for one operation in flight. Dropping it leaves file, memory and scope with the ring until the kernel
 /// is done with them.
 #[must_use = "the operation is under way already; its result must be looked at"]
@@ -221,6 +227,13 @@ impl Completion {
     ) -> Completion {
         let token = handle.ring().submit(io, scope, keep);
         Completion { handle, token: Some(token) }
+    }
+
+    /// Asks for an early end. Its result is still to be waited for: ECANCELED, or what was done before.
+    pub fn cancel(&self) {
+        if let Some(token) = self.token {
+            self.handle.ring().engine.borrow_mut().cancel(token);
+        }
     }
 }
 
@@ -262,9 +275,7 @@ impl Drop for Completion {
             State::Done(result) => {
                 let slot = slots.remove(token);
                 drop(slots);
-                if let (Io::Accept { .. }, Ok(fd)) = (&slot.io, i32::try_from(result)) {
-                    drop(uring::adopt(fd));
-                }
+                close_unserved(&slot.io, result);
             }
             State::Waiting(_) => {
                 slot.state = State::Abandoned;

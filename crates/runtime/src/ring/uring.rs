@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use block::{Buf, Errno, Pool};
 use io_uring::types::{SubmitArgs, Timespec};
@@ -11,6 +12,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rustix::event::EventfdFlags;
 
 use super::engine::{Engine, Io, Seek, Wait};
+use super::spin::Spin;
 use crate::Instant;
 
 /// Submission queue entries: as many operations go to the kernel in one call.
@@ -87,11 +89,13 @@ pub struct Uring {
     files: Files,
     /// What did not fit the submission queue.
     backlog: VecDeque<squeue::Entry>,
-    /// The headers of sendmsg and recvmsg; the kernel reads each when it is submitted (IORING_FEAT_SUBMIT_STABLE).
-    #[allow(clippy::vec_box)] // they must stay where they are while the vector grows
-    headers: Vec<Box<libc::msghdr>>,
+    /// The headers of sendmsg and recvmsg, by token. The kernel reads each when it is submitted, and writes that of
+    /// a recvmsg when it completes (flags and lengths; `____sys_recvmsg` in net/socket.c): so it stays where it is
+    /// until the next operation with this token.
+    headers: Vec<Option<Box<libc::msghdr>>>,
     bell: Arc<Bell>,
     helper: Option<Helper>,
+    spin: Spin,
     /// Keeps the registered memory.
     arena: Option<Buf>,
     start: std::time::Instant,
@@ -175,6 +179,7 @@ impl Uring {
             headers: Vec::new(),
             bell: Arc::new(Bell { eventfd, results: Mutex::default() }),
             helper: None,
+            spin: Spin::up_to(Duration::MAX),
             arena,
             start: std::time::Instant::now(),
         };
@@ -218,12 +223,18 @@ impl Uring {
 
     fn try_push(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: the entry names memory that stays until its completion: buffers and segments by the contract of
-        // `Engine::submit`, a header in `self.headers` until it has been submitted, our eventfd for good.
+        // `Engine::submit`, a header in `self.headers` (see there), our eventfd for good.
         unsafe { self.ring.submission().push(entry).is_ok() }
     }
 
     /// Submits, and waits for `want` completions, until `deadline` at the latest.
     fn enter(&mut self, want: usize, deadline: Option<Instant>) {
+        if want == 0 {
+            let submission = self.ring.submission();
+            if submission.is_empty() && !submission.taskrun() && !submission.cq_overflow() {
+                return;
+            }
+        }
         let result = match deadline {
             Some(deadline) if want > 0 => {
                 let left = deadline.since(self.now());
@@ -237,16 +248,47 @@ impl Uring {
             // Completions wait to be reaped first: the caller does that and comes back.
             Err(Errno::EBUSY) => {}
             // The kernel has no memory for a request just now. What is in the queue stays there.
-            Err(Errno::EAGAIN | Errno::ENOMEM) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Err(Errno::EAGAIN | Errno::ENOMEM) => std::thread::sleep(Duration::from_millis(1)),
             Err(errno) => {
                 // Nothing can be done for any request without the ring; its death must not look like a hang.
                 tracing::error!(%errno, "io_uring_enter failed: tapdisk cannot go on");
                 std::process::abort();
             }
         }
-        if self.ring.submission().is_empty() {
-            self.headers.clear();
+    }
+
+    /// Submits, then waits for a completion: looking for one first, if that has been of use lately.
+    fn wait(&mut self, deadline: Option<Instant>) {
+        // What has completed already needs no waiting for, but what was queued must go out.
+        if !self.ring.completion().is_empty() || !self.backlog.is_empty() {
+            return self.enter(0, None);
         }
+        let begun = std::time::Instant::now();
+        let mut look = self.spin.length();
+        if let Some(deadline) = deadline {
+            look = look.min(deadline.since(self.now()));
+        }
+        if !look.is_zero() {
+            self.enter(0, None);
+            loop {
+                for _ in 0..8 {
+                    if self.has_news() {
+                        return self.enter(0, None);
+                    }
+                    std::hint::spin_loop();
+                }
+                if begun.elapsed() >= look {
+                    break;
+                }
+            }
+        }
+        self.enter(1, deadline);
+        self.spin.slept(begun.elapsed());
+    }
+
+    /// Whether there are completions, or work that the kernel needs a call of ours to do.
+    fn has_news(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
     }
 
     fn reap(&mut self, done: &mut Vec<(usize, i64)>) -> bool {
@@ -267,28 +309,30 @@ impl Uring {
         unparked || done.len() > before
     }
 
-    fn header(&mut self, buf: &Buf) -> *mut libc::msghdr {
+    fn header(&mut self, buf: &Buf, token: usize) -> *mut libc::msghdr {
+        if self.headers.len() <= token {
+            self.headers.resize_with(token + 1, || None);
+        }
         // SAFETY: an all-zero msghdr is valid: null pointers and lengths of zero.
-        let mut header: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
+        let header = self.headers[token].get_or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
         header.msg_iov = buf.segments().as_ptr().cast_mut().cast();
         header.msg_iovlen = buf.segments().len() as _;
-        self.headers.push(header);
-        match self.headers.last_mut() {
-            Some(header) => &raw mut **header,
-            None => unreachable!("just pushed"),
-        }
+        // What the kernel wrote there for the operation before.
+        header.msg_controllen = 0;
+        header.msg_flags = 0;
+        &raw mut **header
     }
 
-    fn entry(&mut self, io: &Io) -> squeue::Entry {
+    fn entry(&mut self, io: &Io, token: usize) -> squeue::Entry {
         // A registered file is named by its number and a flag.
         let (fd, flags) = match io.fd().index() {
             Some(index) => (types::Fd(index as i32), squeue::Flags::FIXED_FILE),
             None => (types::Fd(io.fd().as_fd().as_raw_fd()), squeue::Flags::empty()),
         };
-        self.entry_on(io, fd).flags(flags)
+        self.entry_on(io, token, fd).flags(flags).user_data(token as u64)
     }
 
-    fn entry_on(&mut self, io: &Io, fd: types::Fd) -> squeue::Entry {
+    fn entry_on(&mut self, io: &Io, token: usize, fd: types::Fd) -> squeue::Entry {
         match io {
             Io::Read { at, buf, .. } => match one(buf) {
                 Some((ptr, len)) if buf.is_registered() && self.arena.is_some() => {
@@ -314,13 +358,13 @@ impl Uring {
             }
             Io::Receive { buf, .. } => match one(buf) {
                 Some((ptr, len)) => opcode::Recv::new(fd, ptr, len).build(),
-                None => opcode::RecvMsg::new(fd, self.header(buf)).build(),
+                None => opcode::RecvMsg::new(fd, self.header(buf, token)).build(),
             },
             Io::Send { buf, .. } => {
                 let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
                 match one(buf) {
                     Some((ptr, len)) => opcode::Send::new(fd, ptr, len).flags(flags).build(),
-                    None => opcode::SendMsg::new(fd, self.header(buf)).flags(flags as u32).build(),
+                    None => opcode::SendMsg::new(fd, self.header(buf, token)).flags(flags as u32).build(),
                 }
             }
             Io::Accept { .. } => opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
@@ -354,7 +398,7 @@ fn build(flags: RingFlags, entries: u32, completions: u32) -> std::io::Result<Io
     builder.setup_cqsize(completions);
     match flags {
         RingFlags::Deferred => {
-            builder.setup_single_issuer().setup_defer_taskrun();
+            builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
         }
         RingFlags::Cooperative => {
             builder.setup_coop_taskrun().setup_taskrun_flag();
@@ -425,7 +469,7 @@ impl Engine for Uring {
             helper.ask(Job { token, fd: fd.as_fd().as_raw_fd(), at: *at, what: *what });
             return;
         }
-        let entry = self.entry(io).user_data(token as u64);
+        let entry = self.entry(io, token);
         self.push(entry);
     }
 
@@ -437,11 +481,7 @@ impl Engine for Uring {
         self.push_backlog();
         match wait {
             Wait::No => self.enter(0, None),
-            Wait::Until(deadline) => {
-                // What has completed already needs no waiting for, but what was queued must go out.
-                let want = usize::from(self.ring.completion().is_empty() && self.backlog.is_empty());
-                self.enter(want, deadline);
-            }
+            Wait::Until(deadline) => self.wait(deadline),
         }
         self.reap(done);
     }

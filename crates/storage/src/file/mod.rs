@@ -10,20 +10,23 @@ mod sync;
 mod transfer;
 
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::path::Path;
 use std::rc::Rc;
 
 use block::{Buf, Errno, Error, Limits, Result, Run, Span};
 use runtime::{Allocate, Fd, Handle, Seek};
 
+use crate::permits::Permits;
 use crate::{Access, Io, RangeLocks, Storage, Zeroing};
 pub use open::{Cache, OpenError, Opened, Options, open};
 use sync::Sync;
 use transfer::{Direction, transfer};
 
-/// Bytes of misaligned requests that go through our own memory at a time.
+/// Bytes of a misaligned request that go through our own memory at a time.
 const BOUNCE: u64 = 256 << 10;
+/// How many misaligned requests do so at a time: with `BOUNCE`, a bound on that memory.
+const BOUNCES_MAX: usize = 64;
 /// Bytes of zeroes written at a time where the file system cannot zero.
 const ZEROES: u64 = 256 << 10;
 /// Runs told at a time: bounds the work of one request on a fragmented file.
@@ -42,6 +45,10 @@ pub struct File {
     direct: bool,
     read_only: bool,
     locks: RangeLocks,
+    /// Taken last and held only over I/O, so that nobody who has one waits for anybody.
+    bounces: Permits,
+    /// `ZEROES` bytes of zero, for all who write them.
+    zeroes: OnceCell<Buf>,
     sync: Sync,
     /// Whether the file system punches holes, as far as we know; likewise for zeroing ranges.
     can_punch: Cell<bool>,
@@ -98,6 +105,8 @@ impl File {
             direct: parts.direct,
             read_only: parts.read_only,
             locks: RangeLocks::default(),
+            bounces: Permits::new(BOUNCES_MAX),
+            zeroes: OnceCell::new(),
             sync: Sync::default(),
             can_punch: Cell::new(true),
             can_zero: Cell::new(true),
@@ -161,6 +170,7 @@ impl File {
     async fn bounce_in(&self, span: Span, base: u64, buf: &Buf) -> Result<()> {
         for piece in pieces(span, BOUNCE, self.align) {
             let blocks = piece.align_out(self.align);
+            let _permit = self.bounces.take().await;
             let bounce = self.handle.pool().take(blocks.len() as usize);
             self.move_bytes(&self.fd, Direction::Read, blocks.at(), &bounce, None).await?;
             buf.part(base, piece).copy_from(0, &bounce.part(blocks.at(), piece));
@@ -204,6 +214,7 @@ impl File {
         let block = self.align as usize;
         for piece in pieces(span, BOUNCE, self.align) {
             let blocks = piece.align_out(self.align);
+            let _permit = self.bounces.take().await;
             let bounce = self.handle.pool().take(blocks.len() as usize);
             let last = blocks.end() - self.align;
             if blocks.at() < piece.at() || (last == blocks.at() && piece.end() < blocks.end()) {
@@ -270,8 +281,7 @@ impl File {
             let doing = format!("zero {} bytes at {} of {} fast", span.len(), span.at(), self.name);
             return Err(Error::new(Errno::EOPNOTSUPP, doing));
         }
-        let zeroes = self.handle.pool().take(span.len().min(ZEROES) as usize);
-        zeroes.fill(0);
+        let zeroes = self.zeroes.get_or_init(|| Buf::zeroed(ZEROES as usize));
         for piece in pieces(span, ZEROES, self.align) {
             self.write_bytes(piece, &zeroes.slice(0, piece.len() as usize)).await?;
         }
@@ -355,7 +365,7 @@ impl Storage for File {
             if let Some(error) = self.sync.poison().filter(|_| !self.direct) {
                 return Err(error);
             }
-            self.read_bytes(span_of(at, &buf), &buf).await
+            self.read_bytes(Span::of(at, &buf), &buf).await
         })
     }
 
@@ -363,7 +373,7 @@ impl Storage for File {
         Box::pin(async move {
             self.check_writable()?;
             let _changed = self.sync.changing();
-            self.write_bytes(span_of(at, &buf), &buf).await
+            self.write_bytes(Span::of(at, &buf), &buf).await
         })
     }
 
@@ -418,10 +428,6 @@ impl Storage for File {
     fn poison(&self) -> Option<Error> {
         self.sync.poison()
     }
-}
-
-fn span_of(at: u64, buf: &Buf) -> Span {
-    Span::new(at, buf.len() as u64).expect("the caller has checked that the request lies within the disk")
 }
 
 /// The span in pieces of at most `len` bytes that end at multiples of `align`, but for the last.

@@ -1,0 +1,212 @@
+//! How connections begin and end, and how a server does.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use guest::nbd::{Patience, Settings};
+
+use crate::client::*;
+use crate::disk::Act;
+use crate::server::Plan;
+
+fn impatient() -> Settings {
+    let patience = Patience {
+        handshake_pause: Duration::from_millis(200),
+        handshake: Duration::from_millis(600),
+        leave: Duration::from_millis(300),
+        idle: Duration::from_millis(100),
+        round: Duration::from_millis(20),
+        ..Patience::default()
+    };
+    Settings { patience, ..Settings::default() }
+}
+
+#[test]
+fn disc_is_not_answered_and_comes_after_what_is_in_flight() {
+    let server = Plan::scripted(|_, _| Act::Late(20_000)).start();
+    for style in STYLES {
+        let mut client = Client::connect(&server.path(), style);
+        client.ask(READ, 0, 1, 0, 512);
+        client.write(2, 512, &[1; 512]);
+        client.ask(DISC, 0, 3, 0, 0);
+        client.ask(READ, 0, 4, 0, 512); // "MUST NOT send anything": not heard
+        let mut cookies = [client.answer().cookie, client.answer().cookie];
+        cookies.sort_unstable();
+        assert_eq!(cookies, [1, 2]);
+        client.end();
+    }
+    assert_eq!(server.seen().len(), 6);
+}
+
+#[test]
+fn a_client_that_only_listens_on_hears_its_answers() {
+    let server = Plan::scripted(|_, _| Act::Late(20_000)).start();
+    for style in STYLES {
+        let mut client = Client::connect(&server.path(), style);
+        client.ask(READ, 0, 1, 0, 512);
+        client.stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(client.answer().bytes.len(), 512);
+        client.end();
+    }
+}
+
+#[test]
+fn requests_of_a_client_that_is_gone_finish_in_the_disk() {
+    let server = Plan::scripted(|_, _| Act::Hold).start();
+    let mut client = Client::connect(&server.path(), Style::Structured);
+    for nth in 0..10 {
+        client.write(nth, nth * 512, &[9; 512]);
+    }
+    server.until("the disk has them", |stats| stats.unanswered == 10);
+    drop(client);
+    std::thread::sleep(Duration::from_millis(50));
+    let stats = server.stats();
+    assert_eq!((stats.connections, stats.unanswered), (1, 10), "a connection counts while it uses the disk");
+    assert!(stats.memory > 0);
+    server.release();
+    server.until("all is given back", |stats| stats.connections == 0 && stats.memory == 0);
+    assert_eq!(server.stats().requests, 10);
+}
+
+#[test]
+fn a_silent_client_is_dropped_from_the_handshake() {
+    let server = Plan { settings: impatient(), ..Plan::default() }.start();
+    let start = Instant::now();
+    let mut stream = UnixStream::connect(server.path()).unwrap();
+    stream.read_to_end(&mut Vec::new()).unwrap();
+    assert!((Duration::from_millis(200)..Duration::from_secs(5)).contains(&start.elapsed()));
+}
+
+#[test]
+fn a_client_that_takes_its_time_is_dropped_from_the_handshake() {
+    let server = Plan { settings: impatient(), ..Plan::default() }.start();
+    let start = Instant::now();
+    let mut stream = UnixStream::connect(server.path()).unwrap();
+    let mut bytes = 3_u32.to_be_bytes().to_vec();
+    bytes.extend(option(7, &[0; 10_000]));
+    let mut bytes = bytes.into_iter();
+    while stream.write_all(&[bytes.next().unwrap()]).is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!((Duration::from_millis(600)..Duration::from_secs(5)).contains(&start.elapsed()));
+}
+
+#[test]
+fn an_idle_client_in_transmission_is_left_alone() {
+    let server = Plan { settings: impatient(), ..Plan::default() }.start();
+    let mut client = Client::connect(&server.path(), Style::Simple);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(client.get(READ, 0, 0, 512).error, 0);
+    client.send(&header(Style::Simple, READ, 0, 1, 0, 512)[..13]);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(server.stats().connections, 1);
+}
+
+#[test]
+fn a_busy_clients_buffer_is_taken_back_when_it_is_idle() {
+    let server = Plan { settings: impatient(), ..Plan::default() }.start();
+    let mut client = Client::connect(&server.path(), Style::Structured);
+    for round in 0..5_u8 {
+        let mut bytes = Vec::new();
+        for nth in 0..50 {
+            bytes.extend(write(Style::Structured, nth, nth * 4096, &[round; 4096]));
+        }
+        client.send(&bytes);
+        for _ in 0..50 {
+            assert_eq!(client.answer().error, 0);
+        }
+        assert!(server.stats().buffers > 0, "it has a large buffer while it is busy");
+        server.until("it is taken back", |stats| stats.buffers == 0);
+        assert_eq!(client.get(READ, 0, 49 * 4096, 4096).bytes, [round; 4096], "and nothing is lost");
+    }
+}
+
+#[test]
+fn whoever_is_one_too_many_is_sent_away() {
+    let settings = Settings { connections_max: 3, ..Settings::default() };
+    let server = Plan { settings, ..Plan::default() }.start();
+    let mut clients: Vec<_> = (0..3).map(|_| Client::connect(&server.path(), Style::Simple)).collect();
+    for _ in 0..10 {
+        let mut stream = UnixStream::connect(server.path()).unwrap();
+        let mut heard = Vec::new();
+        stream.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"");
+    }
+    clients.pop();
+    server.until("there is room again", |stats| stats.connections == 2);
+    assert_eq!(Client::connect(&server.path(), Style::Simple).get(READ, 0, 0, 512).error, 0);
+}
+
+#[test]
+fn draining_answers_what_was_taken_and_closes_everything() {
+    let server = Plan::scripted(|_, _| Act::Late(200_000)).start();
+    let path = server.path();
+    let mut clients: Vec<_> = STYLES.into_iter().map(|style| Client::connect(&path, style)).collect();
+    let idle = Client::connect(&path, Style::Simple);
+    let mut shy = UnixStream::connect(&path).unwrap();
+    for client in &mut clients {
+        for cookie in 0..5 {
+            client.ask(READ, 0, cookie, 0, 4096);
+        }
+        client.send(&write(client.style, 9, 0, &[1; 4096])[..1000]); // a write that has not come whole
+    }
+    server.until("the disk has them", |stats| stats.unanswered == 15);
+    server.start_to_drain();
+    idle.end();
+    shy.read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(UnixStream::connect(&path).unwrap_err().kind(), ErrorKind::NotFound, "the socket is removed");
+    for mut client in clients {
+        for _ in 0..5 {
+            let answer = client.answer();
+            assert_eq!((answer.error, answer.bytes.len()), (0, 4096));
+        }
+        client.end();
+    }
+    server.drain();
+}
+
+#[test]
+fn draining_does_not_wait_long_for_who_does_not_read() {
+    let settings = impatient();
+    let server = Plan { size: 33 << 20, settings, ..Plan::default() }.start();
+    let mut client = Client::connect(&server.path(), Style::Structured);
+    client.ask(READ, 0, 1, 0, 32 << 20);
+    server.until("the answer is on its way", |stats| stats.memory > 0 && stats.unanswered == 0);
+    let start = Instant::now();
+    server.drain();
+    assert!((Duration::from_millis(250)..Duration::from_secs(5)).contains(&start.elapsed()));
+}
+
+#[test]
+fn whatever_reached_the_disk_is_answered_over_tcp_too() {
+    let settings = impatient();
+    let server = Plan { settings, ..Plan::scripted(|nth, _| Act::Late(nth as u64 % 7 * 500)) }.start();
+    let mut client = server.tcp();
+    let handshake = handshake(Style::Simple, false);
+    client.write_all(&handshake).unwrap();
+    let mut greeting = [0; 18 + 20 + 12 + 20];
+    client.read_exact(&mut greeting).unwrap();
+    let mut sending = client.try_clone().unwrap();
+    // It goes on sending while the server closes.
+    let sender = std::thread::spawn(move || {
+        for cookie in 0.. {
+            if sending.write_all(&write(Style::Simple, cookie, 0, &[7; 2000])).is_err() {
+                return;
+            }
+        }
+    });
+    let mut answers = 0;
+    let mut answer = [0; 16];
+    while client.read_exact(&mut answer).is_ok() {
+        answers += 1;
+        if answers == 200 {
+            server.start_to_drain();
+        }
+    }
+    drop(client);
+    sender.join().unwrap();
+    assert!(answers >= 200);
+    assert_eq!(server.seen().len(), answers);
+}

@@ -1,0 +1,252 @@
+//! The command line: what the help, the man page and the completions are made from.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use disk::OnError;
+use guest::nbd::Address;
+use storage::filter::Rule;
+
+use crate::size;
+
+/// Serve disk images to virtual machines and other clients, and tell them the truth about every error.
+#[derive(Parser, Debug)]
+#[command(name = "tapdisk", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    Serve(Box<Serve>),
+    /// Print the completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page
+    Man {
+        /// Write one page for each subcommand into this directory instead
+        #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
+        directory: Option<PathBuf>,
+    },
+}
+
+/// Serve a disk image until told to stop
+///
+/// The image is opened for this process alone and served to any number of clients. Ctrl-C or SIGTERM ends that in
+/// order: requests are answered, data is flushed, and the exit status is 0 only if that worked. A second signal ends
+/// it at once. SIGUSR1 logs counts, held requests and whether a sync has failed.
+#[derive(Args, Debug)]
+#[command(after_long_help = EXAMPLES)]
+pub(crate) struct Serve {
+    /// The image: a file, a block device, `null:SIZE` (nothing behind it) or `ram:SIZE` (memory)
+    #[arg(value_hint = ValueHint::FilePath, value_parser = Image::from_str)]
+    pub(crate) image: Image,
+
+    /// Format of the image. It is never guessed: a guest could write another format's header
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub(crate) format: Format,
+
+    /// Refuse writes; others may then read the image too
+    #[arg(long)]
+    pub(crate) read_only: bool,
+
+    /// Make a sparse image of this size if there is none; one that exists is kept as it is
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "read_only")]
+    pub(crate) create: Option<u64>,
+
+    /// Where to serve it by NBD: `unix:PATH` or `tcp:ADDRESS:PORT`. May be given several times
+    ///
+    /// Without it: a unix socket named after the image, in $XDG_RUNTIME_DIR, or in /run for root. Sockets are for
+    /// this user alone (mode 0600), one that a dead server left is replaced, one in use is refused.
+    #[arg(long, value_name = "ADDRESS", value_parser = Address::from_str)]
+    pub(crate) nbd: Vec<Address>,
+
+    /// The name of the export that NBD clients may ask for, besides the empty one
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub(crate) export: String,
+
+    /// Let `--nbd tcp:` listen on other than loopback addresses. There is no encryption and no password: anyone who
+    /// can connect can read and write the disk
+    #[arg(long)]
+    pub(crate) allow_remote: bool,
+
+    /// How the host's page cache is used
+    #[arg(long, value_enum, default_value_t = Cache::Direct)]
+    pub(crate) cache: Cache,
+
+    /// What to do when storage fails: tell the guest (`report`), keep the request until the cause is gone (`hold`),
+    /// or try again for some time and then tell (`retry:SECONDS`)
+    ///
+    /// A failed flush is always told, and so is every flush and write after it: Linux forgets data that it could not
+    /// write back, so a second flush that succeeds would prove nothing.
+    #[arg(long, value_name = "POLICY", default_value = "report", value_parser = on_error)]
+    pub(crate) on_error: OnError,
+
+    /// The same for storage that is full (ENOSPC, EDQUOT) [default: as --on-error]
+    #[arg(long, value_name = "POLICY", value_parser = on_error)]
+    pub(crate) on_enospc: Option<OnError>,
+
+    /// Make operations fail or slow, for drills: OPERATION:ACTION[:FROM..TO][:WHEN]. May be given several times
+    ///
+    /// OPERATION is read, write, flush, discard, zero, status or any; ACTION an errno such as EIO, or delay=MS;
+    /// FROM..TO bytes of the disk, with K, M, G, T or s (512-byte sectors); WHEN nth=N, times=N or every=N.
+    #[arg(long, value_name = "RULE", value_parser = Rule::from_str)]
+    pub(crate) fault: Vec<Rule>,
+
+    /// How much memory the data of all clients' requests may take up together
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = memory)]
+    pub(crate) memory: u64,
+
+    /// How io_uring tells of completions; what is fastest depends on kernel and device
+    #[arg(long, value_enum, default_value_t = Ring::Auto, hide_short_help = true)]
+    pub(crate) ring: Ring,
+
+    /// How the log is written to standard error; RUST_LOG chooses what is logged, as in RUST_LOG=debug
+    #[arg(long, value_enum, default_value_t = Log::Text)]
+    pub(crate) log: Log,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A new sparse disk of 1 GiB, on a socket that is named in the output:
+      tapdisk serve disk.raw --create 1G
+  A volume, on a socket of a given name; requests that find it full wait for space:
+      tapdisk serve /dev/vg/guest --nbd unix:/run/guest.sock --on-enospc hold
+  Sectors 1000 to 1007 cannot be read:
+      tapdisk serve disk.raw --fault read:EIO:1000s..1008s
+";
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Image {
+    Path(PathBuf),
+    Null(u64),
+    Ram(u64),
+}
+
+impl FromStr for Image {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Image, String> {
+        match text.split_once(':') {
+            Some(("null", bytes)) => size::parse(bytes).map(Image::Null),
+            Some(("ram", bytes)) => size::parse(bytes).map(Image::Ram),
+            Some(_) | None if text.is_empty() => Err("expected the name of an image".into()),
+            Some(_) | None => Ok(Image::Path(text.into())),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Format {
+    /// The bytes of the image are the bytes of the disk
+    Raw,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Cache {
+    /// Not at all (O_DIRECT): errors show where they happen; buffered where the file system has no O_DIRECT
+    Direct,
+    /// For reads and writes; data is durable after a flush, as always
+    Buffered,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Ring {
+    /// Cooperative where the kernel has it
+    Auto,
+    /// Only when asked for (Linux 6.1)
+    Deferred,
+    /// Without interrupting the thread (Linux 5.19)
+    Cooperative,
+    /// As every kernel does
+    Plain,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Log {
+    /// A line of text for each event
+    Text,
+    /// A line of JSON for each event
+    Json,
+}
+
+fn on_error(text: &str) -> Result<OnError, String> {
+    match text.split_once(':') {
+        None if text == "report" => Ok(OnError::Report),
+        None if text == "hold" => Ok(OnError::Hold),
+        Some(("retry", seconds)) => match seconds.parse() {
+            Ok(seconds @ 1..=31_536_000) => Ok(OnError::Retry(Duration::from_secs(seconds))),
+            Ok(_) | Err(_) => Err(format!("`{seconds}` is no number of seconds from 1 to 31536000 (a year)")),
+        },
+        Some(_) | None => Err(format!("`{text}` is none of report, hold and retry:SECONDS")),
+    }
+}
+
+/// The least that lets the largest request (32 MiB) through beside others.
+const MEMORY_MIN: u64 = 64 << 20;
+
+fn memory(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text)?;
+    if bytes < MEMORY_MIN {
+        return Err(format!("{text} is too little: requests of up to 32 MiB need at least 64M"));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn serve(words: &[&str]) -> Result<Serve, String> {
+        let words = ["tapdisk", "serve"].iter().chain(words);
+        match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
+            Command::Serve(serve) => Ok(*serve),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn words_become_what_they_mean() {
+        let parsed =
+            serve(&["null:1G", "--nbd", "unix:/a:b", "--nbd", "tcp:[::1]:10809", "--on-enospc", "hold"]);
+        let parsed = parsed.unwrap();
+        assert_eq!(parsed.image, Image::Null(1 << 30));
+        assert_eq!(parsed.nbd[0], Address::Unix("/a:b".into()));
+        assert_eq!(parsed.nbd[1], Address::Tcp { host: "::1".into(), port: 10809 });
+        assert_eq!((parsed.on_error, parsed.on_enospc), (OnError::Report, Some(OnError::Hold)));
+        let parsed = serve(&["a:b.raw", "--on-error", "retry:30", "--create", "10M"]).unwrap();
+        assert_eq!(parsed.image, Image::Path("a:b.raw".into()));
+        assert_eq!(parsed.on_error, OnError::Retry(Duration::from_secs(30)));
+        assert_eq!(parsed.create, Some(10 << 20));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_what_was_expected() {
+        for (words, named) in [
+            (vec!["disk", "--nbd", "/run/a"], "expected unix:PATH or tcp:ADDRESS:PORT"),
+            (vec!["disk", "--nbd", "tcp:nowhere"], "expected unix:PATH or tcp:ADDRESS:PORT"),
+            (vec!["disk", "--on-error", "retry:0"], "no number of seconds"),
+            (vec!["disk", "--on-error", "panic"], "none of report, hold and retry:SECONDS"),
+            (vec!["disk", "--memory", "1M"], "at least 64M"),
+            (vec!["disk", "--create", "12Q"], "no unit of size"),
+            (vec!["ram:lots"], "no unit of size"),
+            (vec!["disk", "--fault", "write:EWHAT"], "no action"),
+            (vec!["disk", "--format", "qcow9"], "[possible values: raw]"),
+        ] {
+            let error = serve(&words).unwrap_err();
+            assert!(error.contains(named), "{words:?}: {error}");
+        }
+    }
+}

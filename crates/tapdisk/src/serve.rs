@@ -1,0 +1,244 @@
+//! `tapdisk serve`: opens the image, puts the disk together, lets clients in, and ends in order.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::Context;
+use block::Pool;
+use disk::{Config, Disk, Policy};
+use guest::nbd::{Address, Exports, Listener, Server, Settings};
+use image::{Chain, Raw};
+use runtime::{Handle, Mailbox, RingFlags, Runtime, Sender, Uring};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::iterator::{Handle as SignalHandle, Signals};
+use storage::file::{self, File, Opened, Options};
+use storage::{Null, Ram, Storage};
+
+use crate::cli::{Cache, Image, Ring, Serve};
+use crate::{logging, size};
+
+/// Memory for requests that the kernel is told of once (registered buffers).
+const ARENA: usize = 16 << 20;
+/// How long a restart waits for the process before it to let go of the image.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+
+/// What the main thread tells the disk's.
+enum Message {
+    Stop,
+    LogState,
+}
+
+/// Serves until told to stop.
+pub(crate) fn run(arguments: &Serve) -> anyhow::Result<()> {
+    let _log = logging::start(arguments.log)?;
+    raise_file_limit();
+    // SIGXFSZ kills by default; caught, writes beyond the limit fail with EFBIG and are answered.
+    let mut signals =
+        Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGXFSZ]).context("signals cannot be waited for")?;
+    let ended = signals.handle();
+    let mailbox = Mailbox::default();
+    let messages = mailbox.sender();
+    std::thread::scope(|scope| {
+        let disk = std::thread::Builder::new()
+            .name("tapdisk-disk".into())
+            .spawn_scoped(scope, move || {
+                let _ended = EndSignals(ended);
+                serve(arguments, mailbox)
+            })
+            .context("no thread for the disk")?;
+        pass_on_signals(&mut signals, &messages);
+        disk.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the disk's thread panicked (a bug in tapdisk)")))
+    })
+}
+
+/// Ends the main thread's wait for signals when the disk's thread ends, however it does.
+struct EndSignals(SignalHandle);
+
+impl Drop for EndSignals {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+fn pass_on_signals(signals: &mut Signals, messages: &Sender<Message>) {
+    let mut stopping = false;
+    for signal in signals.forever() {
+        match signal {
+            SIGUSR1 => messages.send(Message::LogState),
+            SIGINT | SIGTERM if stopping => {
+                eprintln!("tapdisk: told to stop a second time: ends at once, without a flush");
+                std::process::exit(128 + signal);
+            }
+            SIGINT | SIGTERM => {
+                stopping = true;
+                messages.send(Message::Stop);
+            }
+            _ => {} // SIGXFSZ: the write that caused it is answered with EFBIG
+        }
+    }
+}
+
+/// Each client is a descriptor: as many as the system lets us have.
+fn raise_file_limit() {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {
+        tracing::debug!(%errno, "the limit on open files stays as it is");
+    }
+}
+
+/// The disk's thread, from its start to its end.
+fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()> {
+    let pool = Pool::new(ARENA);
+    let uring = Uring::open(ring_flags(arguments.ring), &pool)?;
+    let runtime = Runtime::new(Box::new(uring), pool);
+    let handle = runtime.handle().clone();
+    let contents = open(&handle, arguments)?;
+    let mut listeners = Vec::new();
+    for address in addresses(arguments)? {
+        listeners.extend(Listener::bind(&address, arguments.allow_remote)?);
+    }
+    let storage = storage::filter::inject(&handle, contents.storage, arguments.fault.clone());
+    let chain: Rc<dyn Storage> = Rc::new(Chain::new(Rc::new(Raw::new(storage))));
+    let config = Config {
+        name: contents.name,
+        read_only: arguments.read_only,
+        policy: Policy { on_error: arguments.on_error, on_enospc: arguments.on_enospc },
+    };
+    let settings = Settings { memory: arguments.memory as usize, ..Settings::default() };
+    let uris: Vec<String> = listeners.iter().map(|listener| listener.uri(&arguments.export)).collect();
+    let export = arguments.export.clone();
+    let (disk, how) = (Disk::new(&handle, chain, config), contents.how);
+    runtime.block_on(async move {
+        let exports = Exports::one(&export, disk.name(), Rc::new(disk.clone()))?;
+        let server = Server::new(handle, exports, settings);
+        listeners.into_iter().for_each(|listener| server.listen(listener));
+        announce(&disk, &how, &uris);
+        while let Message::LogState = mailbox.receive().await {
+            disk.log_state();
+        }
+        tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
+        disk.give_up_held();
+        server.drain().await;
+        let flushed = disk.close().await;
+        disk.log_state();
+        flushed.context("data that clients were told is written may be lost")
+    })
+}
+
+fn ring_flags(ring: Ring) -> RingFlags {
+    match ring {
+        Ring::Auto => RingFlags::Auto,
+        Ring::Deferred => RingFlags::Deferred,
+        Ring::Cooperative => RingFlags::Cooperative,
+        Ring::Plain => RingFlags::Plain,
+    }
+}
+
+/// What is served, and what to tell of it.
+struct Contents {
+    storage: Rc<dyn Storage>,
+    name: String,
+    /// How it is used, in words.
+    how: String,
+}
+
+fn open(handle: &Handle, arguments: &Serve) -> anyhow::Result<Contents> {
+    let path = match &arguments.image {
+        Image::Null(bytes) => {
+            let how = "nothing behind it: reads give zeroes, writes are forgotten".into();
+            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), name: "null".into(), how });
+        }
+        Image::Ram(bytes) => {
+            let how = "in memory: lost when tapdisk ends".into();
+            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), name: "ram".into(), how });
+        }
+        Image::Path(path) => path,
+    };
+    let cache = match arguments.cache {
+        Cache::Direct => file::Cache::Direct,
+        Cache::Buffered => file::Cache::Buffered,
+    };
+    let options =
+        Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT };
+    let opened = file::open(path, &options)?;
+    let how = describe(&opened, arguments);
+    let name =
+        path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into());
+    Ok(Contents { storage: Rc::new(File::new(handle, opened)), name, how })
+}
+
+fn describe(opened: &Opened, arguments: &Serve) -> String {
+    let kind = if opened.is_block_device { "block device" } else { "raw image" };
+    let io = match &opened.not_direct {
+        Some(why) => format!("through the page cache (buffered), since {why}"),
+        None if opened.direct => {
+            format!("past the page cache (O_DIRECT), in units of {} bytes", opened.align)
+        }
+        None => "through the page cache (buffered)".into(),
+    };
+    let made = match arguments.create {
+        Some(_) if opened.created => ", made just now, sparse".into(),
+        Some(asked) if asked != opened.size => {
+            format!(", was there already and is kept (not {})", size::show(asked))
+        }
+        Some(_) => ", was there already and is kept".into(),
+        None => String::new(),
+    };
+    format!("{kind}{made}, {io}")
+}
+
+fn announce(disk: &Disk, how: &str, uris: &[String]) {
+    let mut text = format!("Serving {}: {}, {how}", disk.name(), size::show(disk.size()));
+    if disk.limits().read_only {
+        text.push_str(", read-only");
+    }
+    for uri in uris {
+        text.push_str(&format!("\n    at  {uri}"));
+    }
+    if let Some(uri) = uris.first() {
+        text.push_str(&format!("\n    try nbdinfo '{uri}'\n     or qemu-img info '{uri}'"));
+    }
+    text.push_str("\nCtrl-C ends it.");
+    if !disk.size().is_multiple_of(512) {
+        text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");
+    }
+    // Nobody may be reading, and that is no reason not to serve.
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        tracing::debug!(%error, "standard output is closed");
+    }
+}
+
+/// Where to listen: what was asked for, else a socket named after the image where this user's sockets are.
+fn addresses(arguments: &Serve) -> anyhow::Result<Vec<Address>> {
+    if !arguments.nbd.is_empty() {
+        return arguments.nbd.iter().map(absolute).collect();
+    }
+    let directory = match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(directory) if directory.is_dir() => directory,
+        Some(_) | None if rustix::process::geteuid().is_root() => PathBuf::from("/run"),
+        Some(_) | None => {
+            anyhow::bail!(
+                "there is no $XDG_RUNTIME_DIR for a socket: say where to serve with --nbd unix:PATH"
+            )
+        }
+    };
+    let name = match &arguments.image {
+        Image::Path(path) => {
+            path.file_name().map_or("disk".into(), |name| name.to_string_lossy().into_owned())
+        }
+        Image::Null(_) => "null".into(),
+        Image::Ram(_) => "ram".into(),
+    };
+    Ok(vec![Address::Unix(directory.join(format!("tapdisk-{name}.sock")))])
+}
+
+/// With a path that means the same in any directory: it is told to clients.
+fn absolute(address: &Address) -> anyhow::Result<Address> {
+    Ok(match address {
+        Address::Unix(path) => Address::Unix(std::path::absolute(path)?),
+        Address::Tcp { .. } => address.clone(),
+    })
+}
