@@ -275,3 +275,41 @@ fn dropping_the_runtime_drops_tasks_and_waits_for_the_kernel() {
     assert_eq!(Rc::strong_count(&alive), 1);
     assert_eq!(handle.in_flight(), 0);
 }
+
+#[test]
+fn an_accept_that_nobody_waits_for_closes_what_it_accepted_and_nothing_else() {
+    each(|handle| async move {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listening = handle.register(UnixListener::bind(&path).unwrap().into());
+        // Cancelled: it completes with an errno, which is no descriptor.
+        drop(handle.start(Io::Accept { fd: listening.clone() }, None));
+        while handle.in_flight() > 0 {
+            handle.sleep(Duration::from_millis(1)).await;
+        }
+        // Completed, and then dropped.
+        let accepting = handle.start(Io::Accept { fd: listening }, None);
+        let mut client = UnixStream::connect(&path).unwrap();
+        handle.sleep(Duration::from_millis(10)).await;
+        drop(accepting);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0, "the other end is closed");
+    });
+}
+
+#[test]
+fn a_receive_that_is_called_back_tells_what_it_received() {
+    each(|handle| async move {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let fd = handle.register(ours.into());
+        let buf = Buf::zeroed(100);
+        let nothing = handle.receive(&fd, &buf);
+        handle.yield_now().await;
+        nothing.cancel();
+        assert_eq!(nothing.await, Err(Errno::ECANCELED));
+        let something = handle.receive(&fd, &buf);
+        theirs.write_all(b"some").unwrap();
+        handle.sleep(Duration::from_millis(1)).await;
+        something.cancel();
+        assert_eq!(something.await, Ok(4));
+    });
+}

@@ -172,9 +172,7 @@ impl Ring {
             State::Abandoned => {
                 let slot = slots.remove(token);
                 drop(slots);
-                if let (Io::Accept { .. }, Ok(fd)) = (&slot.io, i32::try_from(result)) {
-                    drop(uring::adopt(fd)); // a connection that nobody will serve
-                }
+                close_unserved(&slot.io, result);
                 drop(slot); // may answer its request: nothing of ours is borrowed here
             }
             State::Done(_) => unreachable!("one operation completed twice"),
@@ -201,6 +199,13 @@ impl Ring {
         while self.in_flight() > 0 {
             self.turn(Wait::Until(None));
         }
+    }
+}
+
+/// Closes a connection that was accepted when nobody waited for it any more.
+fn close_unserved(io: &Io, result: i64) {
+    if let (Io::Accept { .. }, Ok(fd)) = (io, Errno::from_kernel(result)) {
+        drop(uring::adopt(fd as i32));
     }
 }
 
@@ -269,9 +274,7 @@ impl Drop for Completion {
             State::Done(result) => {
                 let slot = slots.remove(token);
                 drop(slots);
-                if let (Io::Accept { .. }, Ok(fd)) = (&slot.io, i32::try_from(result)) {
-                    drop(uring::adopt(fd));
-                }
+                close_unserved(&slot.io, result);
             }
             State::Waiting(_) => {
                 slot.state = State::Abandoned;
