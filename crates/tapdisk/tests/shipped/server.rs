@@ -52,7 +52,6 @@ pub(crate) struct Server<'a> {
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
-    pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
 
@@ -81,6 +80,7 @@ impl Output {
         self.text.lock().unwrap().clone()
     }
 
+    /// All of it, once the process has ended.
     fn end(&mut self) -> String {
         if let Some(reader) = self.reader.take() {
             reader.join().expect("it does not panic");
@@ -189,7 +189,7 @@ impl<'a> Server<'a> {
     pub(crate) fn ended(mut self) -> Ended {
         wait_until("the server ends", || !self.is_running());
         let status = self.child.wait().unwrap();
-        Ended { status, stdout: self.stdout.end(), stderr: self.stderr.end() }
+        Ended { status, stderr: self.stderr.end() }
     }
 
     /// Tells it to stop and waits until it has.
