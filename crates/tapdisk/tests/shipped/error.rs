@@ -83,7 +83,8 @@ fn of_many_requests_in_flight_only_the_one_that_failed_is_answered_with_an_error
             fs.clear();
             for (request, answer) in requests.iter().zip(answers).filter(|(_, answer)| answer.is_ok()) {
                 let expected = if is_read { pattern(request.at, 4096, 1) } else { new.clone() };
-                let found = if is_read { Bytes(answer.unwrap().bytes) } else { stored(&fs, request.at, 4096) };
+                let found =
+                    if is_read { Bytes(answer.unwrap().bytes) } else { stored(&fs, request.at, 4096) };
                 assert_eq!(found, expected, "{how}");
             }
         }

@@ -3,9 +3,7 @@
 use faultfs::{Cache, Options};
 use nbd_client::{Errno, Request, Style};
 
-use crate::server::{
-    Ask, CACHES, LONG, STYLES, Server, durable, mount, pattern, rule, syncs, zeroes,
-};
+use crate::server::{Ask, CACHES, LONG, STYLES, Server, durable, mount, pattern, rule, syncs, zeroes};
 
 #[test]
 fn after_a_sync_that_failed_once_every_flush_and_write_fails_until_a_restart() {

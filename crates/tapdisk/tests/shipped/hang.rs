@@ -60,7 +60,9 @@ fn told_to_stop_it_waits_for_storage_that_hangs_and_then_answers() {
     let syncs = crate::server::syncs(&fs);
     server.signal(Signal::TERM);
     server.wait_for_log("told to stop");
-    wait_until("it takes no more clients", || nbd_client::Client::connect(&server.socket(), Style::Simple).is_err());
+    wait_until("it takes no more clients", || {
+        nbd_client::Client::connect(&server.socket(), Style::Simple).is_err()
+    });
     assert!(server.is_running());
     assert_eq!(fs.release(), 1);
     assert!(client.wait(write).unwrap().is_ok());
@@ -95,7 +97,13 @@ fn slow_requests_are_slow_together_and_not_one_after_the_other() {
     assert_eq!(client.write(0, &pattern(0, 65536, 1)), Ok(()));
     rule(&fs, "read+write:delay=400");
     let requests: Vec<_> = (0..16)
-        .map(|number| if number % 2 == 0 { Request::read(number * 4096, 4096) } else { Request::write(number * 4096, &[1; 4096]) })
+        .map(|number| {
+            if number % 2 == 0 {
+                Request::read(number * 4096, 4096)
+            } else {
+                Request::write(number * 4096, &[1; 4096])
+            }
+        })
         .collect();
     let started = Instant::now();
     for answer in client.all(&requests) {

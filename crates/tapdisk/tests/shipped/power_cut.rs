@@ -37,7 +37,11 @@ struct Sector {
 #[derive(Clone, Copy)]
 enum Sent {
     /// Sectors from, to, and whether they are durable when it is answered.
-    Change { from: u64, to: u64, fua: bool },
+    Change {
+        from: u64,
+        to: u64,
+        fua: bool,
+    },
     Flush,
 }
 
@@ -64,7 +68,8 @@ impl Workload {
 
     fn step(&mut self) {
         let number = self.random.below(self.clients.len() as u64) as usize;
-        if self.clients[number].open() >= 8 || (self.random.below(3) == 0 && self.clients[number].open() > 0) {
+        if self.clients[number].open() >= 8 || (self.random.below(3) == 0 && self.clients[number].open() > 0)
+        {
             return self.receive(number);
         }
         if self.random.below(12) == 0 {
@@ -125,9 +130,15 @@ impl Workload {
         let bytes = client.read(0, SECTORS * SECTOR).unwrap();
         for (number, (sector, found)) in self.sectors.iter().zip(bytes.chunks(SECTOR as usize)).enumerate() {
             let value = u64::from_be_bytes(found[..8].try_into().unwrap());
-            assert!(found.chunks(8).all(|word| word == value.to_be_bytes()), "{what}: sector {number} is torn");
+            assert!(
+                found.chunks(8).all(|word| word == value.to_be_bytes()),
+                "{what}: sector {number} is torn"
+            );
             let allowed = &sector.values[sector.floor..];
-            assert!(allowed.contains(&value), "{what}: sector {number} holds {value}, allowed are {allowed:?}");
+            assert!(
+                allowed.contains(&value),
+                "{what}: sector {number} holds {value}, allowed are {allowed:?}"
+            );
             lost += u64::from(value != sector.values[sector.answered]);
         }
         lost
