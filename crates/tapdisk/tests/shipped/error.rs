@@ -362,3 +362,19 @@ fn a_file_size_limit_is_told_as_a_lack_of_space_and_ends_nothing() {
         assert!(server.stop().status.success());
     }
 }
+
+#[test]
+#[ignore = "such a file system is not supported yet"]
+fn a_short_count_of_synchronous_direct_io_is_continued_where_it_stopped() {
+    let Some(fs) = faultfs::mount_for_test(faultfs::Options::default()) else { return };
+    everywhere(&fs, |client, how| {
+        fill(client);
+        rule(&fs, "read:short=1024:once");
+        let read = client.read(MIB, 4096);
+        assert!(read == Ok(pattern(MIB, 4096, 1)) || read == Err(Errno::IO), "{how}: {read:?}");
+        fs.clear();
+        rule(&fs, "write:short=1024:once");
+        let new = pattern(MIB, 4096, 7);
+        assert!(client.write(MIB, &new) == Err(Errno::IO) || stored(&fs, MIB, 4096) == new, "{how}");
+    });
+}
