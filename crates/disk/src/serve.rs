@@ -4,7 +4,7 @@
 //! operation that the kernel works on holds the claim: so no answer is early, whatever path led to it.
 
 use std::cell::{Cell, RefCell};
-use std::future::{poll_fn};
+use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -225,7 +225,8 @@ impl Disk {
         // Whoever closes a disk is not to fall with its driver: there may be others to close.
         let mut flush = None;
         poll_fn(|cx| {
-            let poll = AssertUnwindSafe(|| flush.get_or_insert_with(|| inner.storage.flush()).as_mut().poll(cx));
+            let poll =
+                AssertUnwindSafe(|| flush.get_or_insert_with(|| inner.storage.flush()).as_mut().poll(cx));
             catch_unwind(poll).unwrap_or_else(|_panic| {
                 inner.fence();
                 Poll::Ready(panicked())

@@ -59,7 +59,10 @@ struct Operation {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Start,
-    Move { from: u64, len: u64 },
+    Move {
+        from: u64,
+        len: u64,
+    },
     Sync,
     Finish,
     /// Of the number's file, not operation.
@@ -304,7 +307,10 @@ impl Kernel {
             && align > 1
             && (!(at | len).is_multiple_of(align) || !buf.is_aligned(memory_align))
         {
-            self.fail("O3", format!("misaligned direct I/O: {kind:?} {at}+{len} of {buf:?}, alignment {align}"));
+            self.fail(
+                "O3",
+                format!("misaligned direct I/O: {kind:?} {at}+{len} of {buf:?}, alignment {align}"),
+            );
         }
         let call = self.current;
         let request = call.and_then(|call| self.calls.get(&call)).and_then(|call| call.request);
@@ -478,7 +484,8 @@ impl Kernel {
         match operation.kind {
             Kind::Read | Kind::Write => {
                 let Some(buf) = operation.buf.as_ref().and_then(WeakBuf::upgrade) else {
-                    return self.fail("O1", format!("operation {number}: its memory was freed while in flight"));
+                    return self
+                        .fail("O1", format!("operation {number}: its memory was freed while in flight"));
                 };
                 if operation.kind == Kind::Read {
                     buf.put(from as usize, &file.read(at, len));

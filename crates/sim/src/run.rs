@@ -356,7 +356,8 @@ impl Run {
                 Err(error) => Err(format!("it cannot be read: {error}")),
             };
             if let Err(what) = checked {
-                let when = if after_power_cut { "after the power cut" } else { "after the process has ended" };
+                let when =
+                    if after_power_cut { "after the power cut" } else { "after the process has ended" };
                 // A world whose power was cut notes nothing any more.
                 self.kernel.borrow_mut().fail_at_last("O2", format!("disk {file} {when}: {what}"));
             }
@@ -566,7 +567,8 @@ impl Script {
     /// Starts what happens at times of its own.
     fn happenings(&self) {
         if let Some((when, len)) = self.world.truncate {
-            let (kernel, handle, subject) = (self.kernel.clone(), self.handle.clone(), self.served[0].0.clone());
+            let (kernel, handle, subject) =
+                (self.kernel.clone(), self.handle.clone(), self.served[0].0.clone());
             let size = self.world.size;
             self.handle.spawn(async move {
                 handle.sleep(Duration::from_nanos(when)).await;
