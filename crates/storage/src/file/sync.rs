@@ -145,8 +145,12 @@ async fn sync(handle: &Handle, fd: &Rc<Fd>, size: u64) -> Result<()> {
         }
     }
     // What was cut off the file since it was opened is lost, and a sync does not say so.
-    let found =
-        handle.seek(fd, 0, Seek::End).await.map_err(|errno| Error::new(errno, "find the file's size"))?;
+    let found = loop {
+        match handle.seek(fd, 0, Seek::End).await {
+            Err(Errno::EINTR) => {}
+            result => break result.map_err(|errno| Error::new(errno, "find the file's size"))?,
+        }
+    };
     if found < size {
         return Err(Error::new(
             Errno::EIO,
