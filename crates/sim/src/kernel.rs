@@ -567,7 +567,10 @@ impl Kernel {
             call.faults.push(fault);
         }
         if let (Some(Fault::Errno(Kind::Sync | Kind::SeekEnd, errno)), false) = (fault, self.dead) {
-            self.syncs[self.opened[handle].file].errors.insert(errno);
+            // To be interrupted is no reason for anything but to try again.
+            if errno != Errno::EINTR {
+                self.syncs[self.opened[handle].file].errors.insert(errno);
+            }
         }
         done.push((token, result));
     }

@@ -623,6 +623,9 @@ impl Subject {
             Ok(()) if poisons && poison_before.is_some() && !self.setup.read_only => {
                 Err(("O3", format!("success after a sync had failed with {poison_before:?}")))
             }
+            Ok(()) if kind == OpKind::Read && !self.setup.direct && state.poison.is_some() => {
+                Err(("O3", format!("success although a sync has failed meanwhile with {:?}", state.poison)))
+            }
             Ok(()) if kind == OpKind::Flush => {
                 if faults.contains(&Fault::Shrunk) && !self.setup.read_only {
                     Err(("O2", "success although the file has shrunk".into()))
