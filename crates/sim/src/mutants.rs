@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 /// Seeds that each mistake has to survive to be a survivor.
-const SEEDS: &str = "3000";
+const SEEDS: &str = "2000";
 /// Beyond this a run counts as hanging, which is a catch too.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Sources that are copied; nothing else is needed to build the simulation.
