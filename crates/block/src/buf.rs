@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use crate::Span;
 
@@ -93,6 +93,13 @@ impl Buf {
         let len = parts.iter().map(Buf::len).sum();
         let registered = false;
         Buf { segments: Segments::Many(segments.into()), len, registered, keep: Rc::new(parts) }
+    }
+
+    /// The same memory without keeping it: for who is promised that others keep it, and checks that (a simulated
+    /// kernel).
+    pub fn downgrade(&self) -> WeakBuf {
+        let keep = Rc::downgrade(&self.keep);
+        WeakBuf { segments: self.segments.clone(), len: self.len, registered: self.registered, keep }
     }
 
     /// Bytes.
@@ -230,6 +237,23 @@ impl Buf {
     }
 }
 
+/// A run of memory that may be gone; see [`Buf::downgrade`].
+#[derive(Clone)]
+pub struct WeakBuf {
+    segments: Segments,
+    len: usize,
+    registered: bool,
+    keep: Weak<dyn Any>,
+}
+
+impl WeakBuf {
+    /// The memory, if anybody still keeps it.
+    pub fn upgrade(&self) -> Option<Buf> {
+        let keep = self.keep.upgrade()?;
+        Some(Buf { segments: self.segments.clone(), len: self.len, registered: self.registered, keep })
+    }
+}
+
 impl fmt::Debug for Buf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buf({} bytes in {})", self.len, self.segments().len())
@@ -263,6 +287,15 @@ mod tests {
         first.put(0, b"two");
         drop(first);
         assert_eq!(second.to_vec(), b"wo");
+    }
+
+    #[test]
+    fn a_weak_buffer_keeps_nothing() {
+        let whole = Buf::concat(vec![Buf::from_bytes(b"ab"), Buf::from_bytes(b"cd")]);
+        let weak = whole.slice(1, 2).downgrade();
+        assert_eq!(weak.upgrade().map(|buf| buf.to_vec()), Some(b"bc".to_vec()));
+        drop(whole);
+        assert!(weak.upgrade().is_none());
     }
 
     #[test]
