@@ -5,6 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -110,13 +111,7 @@ struct Fence(Rc<Inner>);
 impl Drop for Fence {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.state.set(State::Fenced);
-            let disk = &*self.0.name;
-            tracing::error!(
-                disk,
-                "a driver panicked: this disk answers EIO until it is opened anew (a bug in tapdisk)"
-            );
-            self.0.holds.all(Sign::GiveUp);
+            self.0.fence();
         }
     }
 }
@@ -208,7 +203,8 @@ impl Disk {
     /// flushes.
     ///
     /// # Errors
-    /// That of the flush, also an earlier one's: something that was answered is not durable.
+    /// That of the flush, also an earlier one's: something that was answered is not durable. EIO where a driver
+    /// panicked, now or before: then there is no flush that could be trusted.
     pub async fn close(&self) -> Result<()> {
         let inner = &self.0;
         if inner.state.get() == State::Open {
@@ -217,7 +213,26 @@ impl Disk {
         self.give_up_held();
         self.idle().await;
         inner.failures.finish(&inner.handle, &inner.name);
-        inner.storage.flush().await.map_err(|error| error.during("the last flush"))
+        self.last_flush().await.map_err(|error| error.during("the last flush"))
+    }
+
+    async fn last_flush(&self) -> Result<()> {
+        let inner = &self.0;
+        let panicked = || Err(Error::new(Errno::EIO, "a driver panicked"));
+        if inner.state.get() == State::Fenced {
+            return panicked();
+        }
+        // Whoever closes a disk is not to fall with its driver: there may be others to close.
+        let mut flush = None;
+        poll_fn(|cx| {
+            let poll =
+                AssertUnwindSafe(|| flush.get_or_insert_with(|| inner.storage.flush()).as_mut().poll(cx));
+            catch_unwind(poll).unwrap_or_else(|_panic| {
+                inner.fence();
+                Poll::Ready(panicked())
+            })
+        })
+        .await
     }
 
     /// Answers what is held with its error, and holds nothing from now on.
@@ -268,6 +283,17 @@ impl Disk {
 }
 
 impl Inner {
+    /// Does nothing with the storage any more: a driver has panicked.
+    fn fence(&self) {
+        self.state.set(State::Fenced);
+        let disk = &*self.name;
+        tracing::error!(
+            disk,
+            "a driver panicked: this disk answers EIO until it is opened anew (a bug in tapdisk)"
+        );
+        self.holds.all(Sign::GiveUp);
+    }
+
     fn accept(self: &Rc<Self>, kind: OpKind, span: Option<Span>, reply: Reply) -> Rc<Claim> {
         let span = span.unwrap_or_else(|| Span::new(0, 0).expect("an empty span"));
         let active = Active { kind, span, since: self.handle.now(), held: false };

@@ -29,6 +29,9 @@ impl Class {
     }
 }
 
+/// The longest delay, in nanoseconds.
+pub(crate) const DELAY_MAX: u64 = 10_000_000_000;
+
 /// What happens to an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -79,14 +82,13 @@ impl Rule {
     /// A rule about this file of `size` bytes.
     pub(crate) fn draw(dice: &mut Dice, file: usize, size: u64) -> Rule {
         use Class::{Allocate, Any, Read, Seek, Sync, Write};
-        let second = 1_000_000_000;
         let class = dice.pick(&[Read, Read, Write, Write, Write, Sync, Sync, Allocate, Seek, Any]);
         let action = match class {
             Sync | Seek | Allocate => match dice.below(10) {
                 0 => Action::Fail(Errno::EINTR),
                 1 => Action::Fail(Errno::EAGAIN),
                 2 => Action::Fail(Errno::ENOSPC),
-                3 => Action::Delay(10 * second),
+                3 => Action::Delay(DELAY_MAX),
                 4 => Action::Hang,
                 5.. => Action::Fail(errno(dice)),
             },
@@ -96,10 +98,15 @@ impl Rule {
                 2 => Action::AtMost(dice.pick(&[0, 0, 1, 511, 512, 4096])),
                 3 | 4 => Action::AtMost(dice.pick(&[1, 511, 512, 513, 1024, 4096, 8192])),
                 5 => Action::Without(dice.pick(&[1, 511, 512, 4095, 4096])),
-                6 => Action::Delay(dice.pick(&[second / 10, second, 10 * second])),
+                6 => Action::Delay(dice.pick(&[DELAY_MAX / 100, DELAY_MAX / 10, DELAY_MAX])),
                 7 => Action::Hang,
                 8.. => Action::Fail(errno(dice)),
             },
+        };
+        // From lseek it is no error: nothing but a hole follows.
+        let action = match action {
+            Action::Fail(Errno::ENXIO) if class == Seek => Action::Fail(Errno::EIO),
+            action => action,
         };
         let transient = matches!(action, Action::Fail(Errno::EINTR | Errno::EAGAIN));
         let span = dice.percent(40).then(|| {

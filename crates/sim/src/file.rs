@@ -1,6 +1,6 @@
 //! A simulated file: what reading it gives, what of it survives a power cut, and the space behind it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use block::{Errno, Span};
 
@@ -34,6 +34,8 @@ pub(crate) struct SimFile {
     durable: Vec<u8>,
     /// By sector, what was written since it was last made durable, in the order of the writes.
     unsynced: BTreeMap<u64, Vec<Version>>,
+    /// Sectors that a failed sync has lost.
+    lost: BTreeSet<u64>,
     space: Vec<Space>,
     /// How many blocks it may have.
     capacity: usize,
@@ -54,8 +56,8 @@ impl SimFile {
         let capacity = spare_blocks.map_or(usize::MAX, |spare| used + spare as usize);
         let mut durable = content.clone();
         durable.resize(content.len().next_multiple_of(SECTOR as usize), 0);
-        let unsynced = BTreeMap::new();
-        SimFile { live: content, durable, unsynced, space, capacity, can_punch: true, can_zero: true }
+        let (unsynced, lost) = (BTreeMap::new(), BTreeSet::new());
+        SimFile { live: content, durable, unsynced, lost, space, capacity, can_punch: true, can_zero: true }
     }
 
     /// Bytes.
@@ -82,7 +84,9 @@ impl SimFile {
     pub(crate) fn read(&self, at: u64, len: u64) -> Vec<u8> {
         let mut bytes = vec![0; len as usize];
         let have = self.readable(at, len) as usize;
-        bytes[..have].copy_from_slice(&self.live[at as usize..at as usize + have]);
+        if have > 0 {
+            bytes[..have].copy_from_slice(&self.live[at as usize..at as usize + have]);
+        }
         bytes
     }
 
@@ -192,25 +196,31 @@ impl SimFile {
         });
     }
 
-    /// A sync that fails as Linux's does: the data is lost, and nobody will hear of it again. Where `evict`, the
-    /// lost bytes read as the old ones from now on.
-    pub(crate) fn lose(&mut self, covered: impl Fn(u64) -> bool, dice: &mut Dice, evict: bool) {
-        let (durable, live) = (&mut self.durable, &mut self.live);
+    /// A sync that fails as Linux's does: the data is lost, and nobody will hear of it again.
+    pub(crate) fn lose(&mut self, covered: impl Fn(u64) -> bool, dice: &mut Dice) {
+        let (durable, lost) = (&mut self.durable, &mut self.lost);
         self.unsynced.retain(|number, versions| {
             if let Some(last) = versions.iter().rposition(|version| covered(version.operation)) {
-                let from = (number * SECTOR) as usize;
-                let place = &mut durable[from..from + SECTOR as usize];
                 if dice.percent(20) {
-                    place.copy_from_slice(&*versions[last].bytes);
+                    let from = (number * SECTOR) as usize;
+                    durable[from..from + SECTOR as usize].copy_from_slice(&*versions[last].bytes);
                 }
                 versions.drain(..=last);
-                if evict && versions.is_empty() && from < live.len() {
-                    let have = (live.len() - from).min(SECTOR as usize);
-                    live[from..from + have].copy_from_slice(&place[..have]);
-                }
+                lost.insert(*number);
             }
             !versions.is_empty()
         });
+    }
+
+    /// The page cache lets go of what was lost: it reads as before it was written.
+    pub(crate) fn evict(&mut self) {
+        for number in std::mem::take(&mut self.lost) {
+            let from = (number * SECTOR) as usize;
+            if !self.unsynced.contains_key(&number) && from < self.live.len() {
+                let have = (self.live.len() - from).min(SECTOR as usize);
+                self.live[from..from + have].copy_from_slice(&self.durable[from..from + have]);
+            }
+        }
     }
 
     /// The file after a power cut: of each sector the durable bytes or any that were written since.

@@ -59,9 +59,14 @@ struct Operation {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Start,
-    Move { from: u64, len: u64 },
+    Move {
+        from: u64,
+        len: u64,
+    },
     Sync,
     Finish,
+    /// Of the number's file, not operation.
+    Evict,
 }
 
 /// A file opened in one way.
@@ -299,7 +304,10 @@ impl Kernel {
             && align > 1
             && (!(at | len).is_multiple_of(align) || !buf.is_aligned(memory_align))
         {
-            self.fail("O3", format!("misaligned direct I/O: {kind:?} {at}+{len} of {buf:?}, alignment {align}"));
+            self.fail(
+                "O3",
+                format!("misaligned direct I/O: {kind:?} {at}+{len} of {buf:?}, alignment {align}"),
+            );
         }
         let call = self.current;
         let request = call.and_then(|call| self.calls.get(&call)).and_then(|call| call.request);
@@ -460,6 +468,7 @@ impl Kernel {
             Step::Move { from, len } => self.move_bytes(number, from, len),
             Step::Sync => self.sync(number),
             Step::Finish => self.finish(number, done),
+            Step::Evict => self.files[number as usize].evict(),
         }
     }
 
@@ -472,7 +481,8 @@ impl Kernel {
         match operation.kind {
             Kind::Read | Kind::Write => {
                 let Some(buf) = operation.buf.as_ref().and_then(WeakBuf::upgrade) else {
-                    return self.fail("O1", format!("operation {number}: its memory was freed while in flight"));
+                    return self
+                        .fail("O1", format!("operation {number}: its memory was freed while in flight"));
                 };
                 if operation.kind == Kind::Read {
                     buf.put(from as usize, &file.read(at, len));
@@ -501,8 +511,13 @@ impl Kernel {
         if operation.result >= 0 {
             self.files[file].sync(covered);
         } else {
-            self.files[file].lose(covered, &mut self.dice, self.evict);
+            self.files[file].lose(covered, &mut self.dice);
             self.syncs[file].failed = true;
+            // Not before whoever waits for the sync has been told: until then nobody can know better.
+            if self.evict && self.opened[operation.handle].align == 1 {
+                let when = self.soon() + self.latency + self.window;
+                self.at(when, file as u64, Step::Evict);
+            }
         }
     }
 

@@ -54,7 +54,10 @@ fn main() -> ExitCode {
         runs += 1;
     }
     let seconds = started.elapsed().as_secs_f64();
-    println!("{runs} runs, {requests} requests, {seconds:.1} s, {:.0} runs a second: all is well", runs as f64 / seconds);
+    println!(
+        "{runs} runs, {requests} requests, {seconds:.1} s, {:.0} runs a second: all is well",
+        runs as f64 / seconds
+    );
     ExitCode::SUCCESS
 }
 

@@ -284,7 +284,8 @@ impl Model {
             }
             if let Some(index) = explained.iter().position(|explained| !explained) {
                 let found = &piece[index..piece.len().min(index + 16)];
-                let poison = if found.iter().all(|byte| *byte == 0xa5) { " (memory never written)" } else { "" };
+                let poison =
+                    if found.iter().all(|byte| *byte == 0xa5) { " (memory never written)" } else { "" };
                 return Err(format!(
                     "byte {} is of none of the writes {writes:?} that may be there; found {found:02x?}{poison}, {}",
                     at + index as u64,

@@ -318,7 +318,10 @@ impl Subject {
         }
         let late = now - asked.at;
         if self.setup.bound > 0 && late > self.setup.bound {
-            return wrong("O4", &format!("after {} ms, on a disk that nothing is wrong with", late / 1_000_000));
+            return wrong(
+                "O4",
+                &format!("after {} ms, on a disk that nothing is wrong with", late / 1_000_000),
+            );
         }
         match result {
             Ok(_) if asked.is_empty() => Ok(()),
@@ -346,7 +349,8 @@ impl Subject {
             },
             Err(Errno::EIO) if state.panics > 0 || state.exiting => Ok(()),
             Err(errno) => {
-                let flushed = asked.kind == OpKind::Flush || (asked.fua && matches!(asked.told, Some((Told::Ok, _))));
+                let flushed =
+                    asked.kind == OpKind::Flush || (asked.fua && matches!(asked.told, Some((Told::Ok, _))));
                 if flushed {
                     return if state.poison == Some(*errno) {
                         Ok(())
@@ -363,12 +367,14 @@ impl Subject {
                     Some((Told::Err { errno, lasting }, at)) => {
                         let policy = self.policy(state);
                         match fate(errno, lasting, asked.kind, at - asked.at, &policy) {
-                            Fate::Answered if now - at > PROMPT && !self.setup.impatient && !state.closing => {
+                            Fate::Answered
+                                if now - at > PROMPT && !self.setup.impatient && !state.closing =>
+                            {
                                 wrong("O4", &format!("{} ms after it failed", (now - at) / 1_000_000))
                             }
                             Fate::Answered => Ok(()),
-                            // The operator's patience may also end in the middle of a pause.
-                            Fate::TriedAgain if state.closing => Ok(()),
+                            // What is held is let go of when the disk is closed or fenced.
+                            Fate::TriedAgain | Fate::Held if state.closing || state.panics > 0 => Ok(()),
                             fate @ (Fate::TriedAgain | Fate::Held) => {
                                 wrong("O4", &format!("policy {policy:?} wants it {fate:?}"))
                             }
@@ -541,8 +547,11 @@ impl Subject {
         }
         let state = &mut *self.state.borrow_mut();
         state.order += 1;
-        if let Err((oracle, what)) = self.judge_call(state, &call_state.faults, kind, call_state.request, poison_before, result) {
-            let request = call_state.request.map_or_else(|| "a flush".into(), |request| format!("request {request}"));
+        if let Err((oracle, what)) =
+            self.judge_call(state, &call_state.faults, kind, call_state.request, poison_before, result)
+        {
+            let request =
+                call_state.request.map_or_else(|| "a flush".into(), |request| format!("request {request}"));
             self.fail(
                 oracle,
                 format!(
@@ -608,8 +617,12 @@ impl Subject {
             Ok(()) => Err(("O3", "success although an operation of its own failed".into())),
             Err(error) if error.is_lasting() => {
                 let errno = error.errno();
-                let justified = poison_before.unwrap_or(errno) == errno
-                    && (sync.errors.contains(&errno) || (errno == Errno::EIO && (shrunk || sync.given_up)));
+                let justified = match poison_before {
+                    Some(poison) => poison == errno,
+                    None => {
+                        sync.errors.contains(&errno) || (errno == Errno::EIO && (shrunk || sync.given_up))
+                    }
+                };
                 if poisons && justified {
                     Ok(())
                 } else {
@@ -617,13 +630,17 @@ impl Subject {
                     Err(("O3", format!("poison is {poison_before:?}, syncs failed with {known:?}")))
                 }
             }
-            Err(_) if kind == OpKind::Flush && !faults.iter().any(|fault| matches!(fault, Fault::Injected(_))) => {
+            Err(_)
+                if kind == OpKind::Flush
+                    && !faults.iter().any(|fault| matches!(fault, Fault::Injected(_))) =>
+            {
                 Err(("O3", "a failed sync must last".into()))
             }
             Err(error) => {
                 let errno = error.errno();
                 let shorts = faults.iter().filter(|fault| **fault == Fault::Short).count();
-                let fast = request.and_then(|request| state.asked.get(&request)).is_some_and(|asked| asked.fast);
+                let fast =
+                    request.and_then(|request| state.asked.get(&request)).is_some_and(|asked| asked.fast);
                 let derived = (errno == Errno::EIO && shorts >= SHORTS_MAX)
                     || (errno == Errno::EOPNOTSUPP && fast)
                     || (errno == Errno::EROFS && self.setup.read_only);
@@ -658,7 +675,9 @@ impl Subject {
     /// A driver is about to panic.
     pub(crate) fn panics(&self) {
         self.state.borrow_mut().panics += 1;
-        self.kernel.borrow_mut().note(Event::Script { what: "a driver panics, disk", number: self.setup.number as u64 });
+        self.kernel
+            .borrow_mut()
+            .note(Event::Script { what: "a driver panics, disk", number: self.setup.number as u64 });
     }
 
     pub(crate) fn panic_count(&self) -> u64 {
@@ -692,7 +711,12 @@ impl Subject {
             .take(5)
             .map(|(request, asked)| {
                 let age = (now - asked.at) / 1_000_000;
-                format!("request {request} ({} {:?}), {age} ms old, told {:?}", asked.kind.name(), asked.span, asked.told)
+                format!(
+                    "request {request} ({} {:?}), {age} ms old, told {:?}",
+                    asked.kind.name(),
+                    asked.span,
+                    asked.told
+                )
             })
             .collect();
         if let Some(disk) = &state.disk {
@@ -711,6 +735,10 @@ impl Subject {
             self.fail("O1", format!("closed with {} requests unanswered", state.asked.len()));
         }
         match (result, state.poison) {
+            (Err(error), _) if state.panics > 0 && error.errno() == Errno::EIO => {}
+            (result, _) if state.panics > 0 => {
+                self.fail("O3", format!("closed with {result:?} after a driver panicked"));
+            }
             (Ok(()), Some(poison)) if !self.setup.read_only => {
                 self.fail("O2", format!("closed well although a flush had failed with {poison}"));
             }
@@ -727,7 +755,10 @@ impl Subject {
         if state.flush_calls != state.flushes_due && state.panics == 0 {
             self.fail(
                 "O2",
-                format!("{} flushes of the storage for {} requests that need one", state.flush_calls, state.flushes_due),
+                format!(
+                    "{} flushes of the storage for {} requests that need one",
+                    state.flush_calls, state.flushes_due
+                ),
             );
         }
     }
@@ -774,7 +805,9 @@ fn hard(fault: &Fault) -> Option<Errno> {
     };
     match fault {
         Fault::Errno(_, Errno::EINTR) | Fault::Short => None,
-        Fault::Errno(Kind::Punch | Kind::Zero, errno) if unsupported(errno) && *errno != Errno::ESPIPE => None,
+        Fault::Errno(Kind::Punch | Kind::Zero, errno) if unsupported(errno) && *errno != Errno::ESPIPE => {
+            None
+        }
         Fault::Errno(Kind::SeekData, errno)
             if *errno == Errno::ENXIO || (unsupported(errno) && *errno != Errno::ENODEV) =>
         {

@@ -32,17 +32,20 @@ impl Event {
     /// Numbers that differ where events do.
     fn digest(&self) -> u64 {
         let fields: [u64; 6] = match *self {
-            Event::Asked { disk, request, kind, at, len } => {
-                [1, disk as u64, request, kind as u64, at, len]
-            }
+            Event::Asked { disk, request, kind, at, len } => [1, disk as u64, request, kind as u64, at, len],
             Event::Answered { request, code } => [2, request, code as u64, 0, 0, 0],
             Event::Called { call, request, kind } => {
                 [3, call, request.unwrap_or(u64::MAX), kind as u64, 0, 0]
             }
             Event::Returned { call, code } => [4, call, code as u64, 0, 0, 0],
-            Event::Submitted { operation, call, file, kind, at, len } => {
-                [5 + ((file as u64) << 8) + ((kind as u64) << 16), operation, call.unwrap_or(u64::MAX), at, len, 0]
-            }
+            Event::Submitted { operation, call, file, kind, at, len } => [
+                5 + ((file as u64) << 8) + ((kind as u64) << 16),
+                operation,
+                call.unwrap_or(u64::MAX),
+                at,
+                len,
+                0,
+            ],
             Event::Moved { operation, from, len } => [6, operation, from, len, 0, 0],
             Event::Completed { operation, result } => [7, operation, result as u64, 0, 0, 0],
             Event::Script { what, number } => [8, what.len() as u64, number, 0, 0, 0],

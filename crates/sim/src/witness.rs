@@ -193,7 +193,11 @@ impl Mischievous {
             // Giving up a flush poisons a file, which is right, but would leave nothing else to test.
             Mischief::Impatience { percent } if !is_flush && self.dice.borrow_mut().percent(percent) => {
                 let patience = Duration::from_nanos(self.dice.borrow_mut().below(3_000_000));
-                Box::pin(Impatient { subject: &self.subject, inner: Some(inner), sleep: self.handle.sleep(patience) })
+                Box::pin(Impatient {
+                    subject: &self.subject,
+                    inner: Some(inner),
+                    sleep: self.handle.sleep(patience),
+                })
             }
             Mischief::Panic { .. } | Mischief::Impatience { .. } => inner,
         }

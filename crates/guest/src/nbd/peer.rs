@@ -271,6 +271,14 @@ impl Peer {
         matches!(self.order.get(), Some(Order::Drop(_) | Order::Fail(_)))
     }
 
+    /// Why the server dropped it, if it did.
+    pub(crate) fn dropped_for(&self) -> Option<Reason> {
+        match self.order.get() {
+            Some(Order::Drop(reason)) => Some(reason),
+            Some(Order::Leave | Order::Fail(_)) | None => None,
+        }
+    }
+
     /// Wakes the connection's task.
     pub(crate) fn wake(&self) {
         if let Some(waker) = self.waker.borrow().as_ref() {

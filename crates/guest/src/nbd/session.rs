@@ -99,7 +99,8 @@ pub(crate) async fn transmit(
         peer.hang_up();
         linger(&mut stream).await;
     }
-    end
+    // One that left in order but did not take its last answers has not had them.
+    peer.dropped_for().map_or(end, End::Dropped)
 }
 
 /// Hears a client out; how long is limited by [`super::peer::Patience::leave`].

@@ -361,11 +361,14 @@ impl Storage for File {
 
     fn read(&self, at: u64, buf: Buf) -> Io<'_> {
         Box::pin(async move {
-            // What the page cache holds after a failed sync is not what the disk holds.
-            if let Some(error) = self.sync.poison().filter(|_| !self.direct) {
+            // What the page cache holds after a failed sync is not what the disk holds; and a sync may fail while we
+            // read.
+            let doubtful = || self.sync.poison().filter(|_| !self.direct);
+            if let Some(error) = doubtful() {
                 return Err(error);
             }
-            self.read_bytes(Span::of(at, &buf), &buf).await
+            self.read_bytes(Span::of(at, &buf), &buf).await?;
+            doubtful().map_or(Ok(()), Err)
         })
     }
 
