@@ -619,7 +619,8 @@ impl Subject {
                 let justified = match poison_before {
                     Some(poison) => poison == errno,
                     None => {
-                        sync.errors.contains(&errno) || (errno == Errno::EIO && (sync.shrunk || sync.given_up))
+                        sync.errors.contains(&errno)
+                            || (errno == Errno::EIO && (sync.shrunk || sync.given_up))
                     }
                 };
                 if poisons && justified {
