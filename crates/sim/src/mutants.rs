@@ -287,3 +287,30 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mistake_fits_the_sources() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mutants = load(&root.join("crates/sim/mutants"), "").unwrap();
+        assert!(mutants.len() > 50);
+        for mutant in mutants {
+            mutant.check(&root).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_text_that_is_not_there_once_is_an_error() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for (text, named) in [("there is no such line\n", "0 times"), ("\n", "times")] {
+            let text = format!("Breaks.\n\nfile: src/lib.rs\n<<<<\n{text}====\nother\n>>>>\n");
+            let error = Mutant::parse("one".into(), &text).unwrap().check(root).unwrap_err();
+            assert!(format!("{error:#}").contains(named), "{error:#}");
+        }
+        assert!(Mutant::parse("none".into(), "Breaks nothing.\n").is_err());
+        assert!(Mutant::parse("odd".into(), "Breaks.\nwhat is this\n").is_err());
+    }
+}
