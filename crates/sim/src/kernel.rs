@@ -114,6 +114,8 @@ pub(crate) struct SyncRecord {
     pub(crate) failed: bool,
     /// A flush was given up before its end.
     pub(crate) given_up: bool,
+    /// The file was shorter than its disk at some time.
+    pub(crate) shrunk: bool,
 }
 
 /// All of the simulated world below the executor.
@@ -214,6 +216,7 @@ impl Kernel {
         self.order += 1;
         self.completed.push(self.order);
         self.files[file].truncate(number, len);
+        self.syncs[file].shrunk = true;
     }
 
     pub(crate) fn failure(&self) -> Option<&Failure> {

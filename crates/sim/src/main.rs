@@ -24,6 +24,9 @@ struct Arguments {
     /// Prove that the simulation bites: each known mistake must be caught.
     #[arg(long)]
     mutants: bool,
+    /// Only the mistakes whose name contains this.
+    #[arg(long, default_value = "", requires = "mutants")]
+    only: String,
 }
 
 /// One seed in so many is run twice, to see that it gives the same run.
@@ -31,6 +34,15 @@ const TWICE: u64 = 50;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.mutants {
+        return match sim::mutants::run(&arguments.only) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                println!("sim: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     catch_panics();
     let started = Instant::now();
     let (mut requests, mut runs) = (0, 0);

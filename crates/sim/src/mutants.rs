@@ -1,1 +1,282 @@
-//! Known mistakes, made one at a time in a copy of the sources: each must be caught.
+//! Known mistakes, made one at a time in a copy of the sources: the simulation must catch each of them.
+//!
+//! A mistake is a file in `crates/sim/mutants`: what it breaks, and the text to find in a source and what to put in
+//! its place. A text that is not found exactly once is an error of its own: the code has moved on, and the mistake has
+//! to follow it.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Seeds that each mistake has to survive to be a survivor.
+const SEEDS: &str = "3000";
+/// Beyond this a run counts as hanging, which is a catch too.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Sources that are copied; nothing else is needed to build the simulation.
+const COPIED: [&str; 6] = ["Cargo.toml", "Cargo.lock", "crates", "bench", "xtask", ".cargo"];
+
+/// One mistake.
+#[derive(Debug)]
+struct Mutant {
+    name: String,
+    /// What it breaks.
+    breaks: String,
+    changes: Vec<Change>,
+}
+
+#[derive(Debug)]
+struct Change {
+    file: PathBuf,
+    from: String,
+    to: String,
+}
+
+/// How a mistake was found out.
+struct Catch {
+    oracle: String,
+    seed: String,
+    how: String,
+}
+
+/// Makes each mistake whose name contains `filter` and looks whether it is caught; prints a table.
+///
+/// # Errors
+/// If one survives, does not build, or does not fit the sources any more.
+pub fn run(filter: &str) -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().context("find the workspace")?;
+    let mutants = load(&root.join("crates/sim/mutants"), filter)?;
+    ensure!(!mutants.is_empty(), "no mutant is called `{filter}`");
+    for mutant in &mutants {
+        mutant.check(&root)?;
+    }
+    let workshop = Workshop::open(&root)?;
+    workshop.build().context("the copy without any mistake")?;
+    if let Some(catch) = workshop.simulate()? {
+        bail!("without any mistake the simulation fails at seed {}: {}: {}", catch.seed, catch.oracle, catch.how);
+    }
+    println!("| mistake | what it breaks | caught by | seed | seconds |\n|---|---|---|---|---|");
+    let mut survivors = Vec::new();
+    for mutant in &mutants {
+        let started = Instant::now();
+        let caught = workshop.with(mutant)?;
+        let seconds = started.elapsed().as_secs();
+        let Mutant { name, breaks, .. } = mutant;
+        match caught {
+            Some(Catch { oracle, seed, how }) => {
+                println!("| {name} | {breaks} | {oracle}: {how} | {seed} | {seconds} |");
+            }
+            None => {
+                println!("| {name} | {breaks} | SURVIVED | - | {seconds} |");
+                survivors.push(name.as_str());
+            }
+        }
+    }
+    ensure!(survivors.is_empty(), "the simulation does not see: {}", survivors.join(", "));
+    println!("\nall {} mistakes are caught", mutants.len());
+    Ok(())
+}
+
+fn load(directory: &Path, filter: &str) -> Result<Vec<Mutant>> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(directory)
+        .with_context(|| format!("list {}", directory.display()))?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<std::io::Result<_>>()?;
+    paths.sort();
+    let mut mutants = Vec::new();
+    for path in paths.iter().filter(|path| path.extension().is_some_and(|extension| extension == "mutant")) {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if name.contains(filter) {
+            let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+            mutants.push(Mutant::parse(name, &text)?);
+        }
+    }
+    Ok(mutants)
+}
+
+impl Mutant {
+    /// Reads
+    ///
+    /// ```text
+    /// What it breaks, in a sentence.
+    /// file: crates/…/….rs
+    /// <<<<
+    /// text to find
+    /// ====
+    /// text to put there
+    /// >>>>
+    /// ```
+    ///
+    /// with more files and texts as needed.
+    fn parse(name: String, text: &str) -> Result<Mutant> {
+        let mut lines = text.lines();
+        let breaks = lines.next().unwrap_or_default().to_owned();
+        let mut changes = Vec::new();
+        let mut file = None;
+        while let Some(line) = lines.next() {
+            if let Some(path) = line.strip_prefix("file: ") {
+                file = Some(PathBuf::from(path));
+            } else if line == "<<<<" {
+                let until = |mark: &str, lines: &mut std::str::Lines<'_>| -> String {
+                    lines.take_while(|line| *line != mark).map(|line| format!("{line}\n")).collect()
+                };
+                let from = until("====", &mut lines);
+                let to = until(">>>>", &mut lines);
+                let file = file.clone().with_context(|| format!("{name}: no file is named"))?;
+                changes.push(Change { file, from, to });
+            } else {
+                ensure!(line.is_empty(), "{name}: `{line}` is neither a file nor a change");
+            }
+        }
+        ensure!(!changes.is_empty(), "{name}: it changes nothing");
+        Ok(Mutant { name, breaks, changes })
+    }
+
+    /// Whether it fits the sources.
+    fn check(&self, root: &Path) -> Result<()> {
+        for change in &self.changes {
+            change.apply(root).with_context(|| format!("mutant {}", self.name))?;
+        }
+        Ok(())
+    }
+}
+
+impl Change {
+    /// The source with the change made.
+    fn apply(&self, root: &Path) -> Result<String> {
+        let path = root.join(&self.file);
+        let source = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        match source.matches(&self.from).count() {
+            1 => Ok(source.replace(&self.from, &self.to)),
+            count => bail!(
+                "its text is found {count} times in {}, not once; make it follow the code:\n{}",
+                self.file.display(),
+                self.from
+            ),
+        }
+    }
+}
+
+/// A copy of the workspace in which mistakes are made and undone.
+struct Workshop {
+    sources: PathBuf,
+    target: PathBuf,
+}
+
+impl Workshop {
+    fn open(root: &Path) -> Result<Workshop> {
+        let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+        let base = target.join("mutants");
+        let sources = base.join("workspace");
+        if sources.exists() {
+            fs::remove_dir_all(&sources).context("remove the last copy")?;
+        }
+        for name in COPIED {
+            copy(&root.join(name), &sources.join(name)).with_context(|| format!("copy {name}"))?;
+        }
+        Ok(Workshop { sources, target: base.join("target") })
+    }
+
+    fn build(&self) -> Result<()> {
+        // Quick to build rather than quick to run; lints are not the point here.
+        let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .current_dir(&self.sources)
+            .args(["build", "--quiet", "--release", "--offline", "--package", "sim"])
+            .env("CARGO_TARGET_DIR", &self.target)
+            .env("CARGO_INCREMENTAL", "1")
+            .env("CARGO_PROFILE_RELEASE_LTO", "off")
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
+            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "64")
+            .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
+            .env("RUSTFLAGS", "--cap-lints=allow")
+            .output()
+            .context("run cargo")?;
+        ensure!(output.status.success(), "it does not build:\n{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Makes a mistake, looks whether it is caught, and undoes it.
+    fn with(&self, mutant: &Mutant) -> Result<Option<Catch>> {
+        let mut undo = Vec::new();
+        for change in &mutant.changes {
+            let path = self.sources.join(&change.file);
+            undo.push((path.clone(), fs::read_to_string(&path).context("read a source")?));
+            fs::write(&path, change.apply(&self.sources)?).context("make the mistake")?;
+        }
+        let built = self.build().with_context(|| format!("mutant {}", mutant.name));
+        let caught = built.and_then(|()| self.simulate());
+        for (path, source) in undo.into_iter().rev() {
+            fs::write(path, source).context("undo the mistake")?;
+        }
+        caught
+    }
+
+    /// Runs seeds until one fails.
+    fn simulate(&self) -> Result<Option<Catch>> {
+        let mut child = Command::new(self.target.join("release/sim"))
+            .args(["--runs", SEEDS])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("start the simulation")?;
+        let mut pipe = child.stdout.take().context("its output")?;
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.read_to_end(&mut bytes).map(|_| String::from_utf8_lossy(&bytes).into_owned())
+        });
+        let started = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().context("wait for it")? {
+                break Some(status);
+            }
+            if started.elapsed() > PATIENCE {
+                child.kill().context("end it")?;
+                child.wait().context("wait for its end")?;
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let Ok(output) = reader.join() else { bail!("reading its output panicked") };
+        let output = output.context("read its output")?;
+        let told = output.lines().rev().find_map(Catch::parse);
+        Ok(match status {
+            Some(status) if status.success() => None,
+            Some(status) => Some(told.unwrap_or_else(|| Catch::without_words(&status.to_string()))),
+            None => Some(Catch::without_words("it hangs")),
+        })
+    }
+}
+
+impl Catch {
+    /// Reads "seed N: ORACLE: how".
+    fn parse(line: &str) -> Option<Catch> {
+        let (seed, rest) = line.strip_prefix("seed ")?.split_once(": ")?;
+        let (oracle, how) = rest.split_once(": ")?;
+        let how: String = how.chars().take(150).map(|letter| if letter == '|' { '/' } else { letter }).collect();
+        Some(Catch { oracle: oracle.into(), seed: seed.into(), how })
+    }
+
+    fn without_words(how: &str) -> Catch {
+        Catch { oracle: "end".into(), seed: "?".into(), how: how.into() }
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if !from.is_dir() {
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::copy(from, to)?;
+        return Ok(());
+    }
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        if entry.file_name() != "target" {
+            copy(&entry.path(), &to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}

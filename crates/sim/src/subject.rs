@@ -600,7 +600,6 @@ impl Subject {
         let kernel = self.kernel.borrow();
         let sync = &kernel.syncs[self.setup.file];
         let hard: Vec<Errno> = faults.iter().filter_map(hard).collect();
-        let shrunk = kernel.files[self.setup.file].len() < self.setup.size;
         let poisons = kind == OpKind::Flush || kind.changes() || (kind == OpKind::Read && !self.setup.direct);
         match result {
             Ok(()) if poisons && poison_before.is_some() && !self.setup.read_only => {
@@ -620,7 +619,7 @@ impl Subject {
                 let justified = match poison_before {
                     Some(poison) => poison == errno,
                     None => {
-                        sync.errors.contains(&errno) || (errno == Errno::EIO && (shrunk || sync.given_up))
+                        sync.errors.contains(&errno) || (errno == Errno::EIO && (sync.shrunk || sync.given_up))
                     }
                 };
                 if poisons && justified {
