@@ -53,6 +53,37 @@ fn a_client_that_only_listens_on_hears_its_answers() {
 }
 
 #[test]
+fn a_client_that_leaves_may_take_its_time_to_read() {
+    let server = Plan { size: 9 << 20, settings: impatient(), ..Plan::default() }.start();
+    for end in [true, false] {
+        let mut client = Client::connect(&server.path(), Style::Structured);
+        client.ask(READ, 0, 1, 0, 8 << 20);
+        if end {
+            client.ask(DISC, 0, 2, 0, 0);
+        } else {
+            client.stream.shutdown(Shutdown::Write).unwrap();
+        }
+        let start = Instant::now();
+        for _ in 0..32 {
+            std::thread::sleep(Duration::from_millis(25));
+            client.take(256 << 10);
+        }
+        assert!(start.elapsed() > Duration::from_millis(700), "longer than it may do nothing");
+        client.take(20 + 8);
+        client.end();
+    }
+}
+
+#[test]
+fn a_client_that_leaves_and_does_not_read_is_dropped() {
+    let server = Plan { size: 9 << 20, settings: impatient(), ..Plan::default() }.start();
+    let mut client = Client::connect(&server.path(), Style::Structured);
+    client.ask(READ, 0, 1, 0, 8 << 20);
+    client.ask(DISC, 0, 2, 0, 0);
+    server.until("it is dropped", |stats| stats.connections == 0 && stats.memory == 0);
+}
+
+#[test]
 fn requests_of_a_client_that_is_gone_finish_in_the_disk() {
     let server = Plan::scripted(|_, _| Act::Hold).start();
     let mut client = Client::connect(&server.path(), Style::Structured);
