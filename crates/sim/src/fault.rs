@@ -104,10 +104,8 @@ impl Rule {
             },
         };
         // From lseek it is no error: nothing but a hole follows.
-        let action = match action {
-            Action::Fail(Errno::ENXIO) if class == Seek => Action::Fail(Errno::EIO),
-            action => action,
-        };
+        let no_error = class == Seek && action == Action::Fail(Errno::ENXIO);
+        let action = if no_error { Action::Fail(Errno::EIO) } else { action };
         let transient = matches!(action, Action::Fail(Errno::EINTR | Errno::EAGAIN));
         let span = dice.percent(40).then(|| {
             let at = dice.below(size);

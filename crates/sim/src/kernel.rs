@@ -88,6 +88,8 @@ pub(crate) enum Fault {
     Short,
     /// A storage in between gave this errno.
     Injected(Errno),
+    /// The file was found to be shorter than its disk.
+    Shrunk,
 }
 
 /// A call of the disk into its storage.
@@ -95,6 +97,8 @@ pub(crate) enum Fault {
 pub(crate) struct Call {
     pub(crate) request: Option<u64>,
     pub(crate) faults: Vec<Fault>,
+    /// It got past the filters.
+    pub(crate) passed: bool,
 }
 
 /// An oracle that was contradicted.
@@ -129,6 +133,8 @@ pub(crate) struct Kernel {
     hung: Vec<u64>,
     opened: Vec<Opened>,
     pub(crate) files: Vec<SimFile>,
+    /// Bytes that they had at first.
+    sizes: Vec<u64>,
     pub(crate) syncs: Vec<SyncRecord>,
     pub(crate) rules: Vec<Rule>,
     pub(crate) dice: Dice,
@@ -164,6 +170,7 @@ impl Kernel {
             hung: Vec::new(),
             opened: Vec::new(),
             syncs: files.iter().map(|_| SyncRecord::default()).collect(),
+            sizes: files.iter().map(SimFile::len).collect(),
             files,
             rules: Vec::new(),
             dice,
@@ -240,7 +247,7 @@ impl Kernel {
 
     pub(crate) fn call(&mut self, request: Option<u64>) -> u64 {
         self.next_call += 1;
-        self.calls.insert(self.next_call, Call { request, faults: Vec::new() });
+        self.calls.insert(self.next_call, Call { request, ..Call::default() });
         self.next_call
     }
 
@@ -248,6 +255,13 @@ impl Kernel {
     pub(crate) fn inject(&mut self, errno: Errno) {
         if let Some(call) = self.current.and_then(|call| self.calls.get_mut(&call)) {
             call.faults.push(Fault::Injected(errno));
+        }
+    }
+
+    /// The call that is being polled got past the filters.
+    pub(crate) fn passed(&mut self) {
+        if let Some(call) = self.current.and_then(|call| self.calls.get_mut(&call)) {
+            call.passed = true;
         }
     }
 
@@ -544,6 +558,9 @@ impl Kernel {
             Some(errno) => Some(Fault::Errno(kind, errno)),
             None if moves && result == 0 && len > 0 => Some(Fault::Nothing),
             None if moves && (result as u64) < len => Some(Fault::Short),
+            None if kind == Kind::SeekEnd && (result as u64) < self.sizes[self.opened[handle].file] => {
+                Some(Fault::Shrunk)
+            }
             None => None,
         };
         if let (Some(fault), Some(call)) = (fault, call.and_then(|call| self.calls.get_mut(&call))) {

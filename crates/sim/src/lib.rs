@@ -11,6 +11,7 @@ mod kernel;
 mod model;
 pub mod mutants;
 pub mod run;
+mod scattered;
 mod subject;
 mod trace;
 mod witness;

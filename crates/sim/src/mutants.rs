@@ -47,7 +47,8 @@ struct Catch {
 /// # Errors
 /// If one survives, does not build, or does not fit the sources any more.
 pub fn run(filter: &str) -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().context("find the workspace")?;
+    let root =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().context("find the workspace")?;
     let mutants = load(&root.join("crates/sim/mutants"), filter)?;
     ensure!(!mutants.is_empty(), "no mutant is called `{filter}`");
     for mutant in &mutants {
@@ -56,7 +57,12 @@ pub fn run(filter: &str) -> Result<()> {
     let workshop = Workshop::open(&root)?;
     workshop.build().context("the copy without any mistake")?;
     if let Some(catch) = workshop.simulate()? {
-        bail!("without any mistake the simulation fails at seed {}: {}: {}", catch.seed, catch.oracle, catch.how);
+        bail!(
+            "without any mistake the simulation fails at seed {}: {}: {}",
+            catch.seed,
+            catch.oracle,
+            catch.how
+        );
     }
     println!("| mistake | what it breaks | caught by | seed | seconds |\n|---|---|---|---|---|");
     let mut survivors = Vec::new();
@@ -255,7 +261,8 @@ impl Catch {
     fn parse(line: &str) -> Option<Catch> {
         let (seed, rest) = line.strip_prefix("seed ")?.split_once(": ")?;
         let (oracle, how) = rest.split_once(": ")?;
-        let how: String = how.chars().take(150).map(|letter| if letter == '|' { '/' } else { letter }).collect();
+        let how: String =
+            how.chars().take(150).map(|letter| if letter == '|' { '/' } else { letter }).collect();
         Some(Catch { oracle: oracle.into(), seed: seed.into(), how })
     }
 
@@ -279,4 +286,31 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mistake_fits_the_sources() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mutants = load(&root.join("crates/sim/mutants"), "").unwrap();
+        assert!(mutants.len() > 50);
+        for mutant in mutants {
+            mutant.check(&root).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_text_that_is_not_there_once_is_an_error() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for (text, named) in [("there is no such line\n", "0 times"), ("\n", "times")] {
+            let text = format!("Breaks.\n\nfile: src/lib.rs\n<<<<\n{text}====\nother\n>>>>\n");
+            let error = Mutant::parse("one".into(), &text).unwrap().check(root).unwrap_err();
+            assert!(format!("{error:#}").contains(named), "{error:#}");
+        }
+        assert!(Mutant::parse("none".into(), "Breaks nothing.\n").is_err());
+        assert!(Mutant::parse("odd".into(), "Breaks.\nwhat is this\n").is_err());
+    }
 }

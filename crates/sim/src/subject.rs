@@ -10,8 +10,9 @@ use block::{Errno, Error, Op, OpKind, Payload, Span};
 use disk::{Disk, OnError, Policy};
 
 use crate::dice::Dice;
-use crate::kernel::{Fault, Kind, Shared};
+use crate::kernel::{Call, Fault, Kind, Shared};
 use crate::model::{Content, Model, WriteId};
+use crate::scattered::Layout;
 use crate::trace::Event;
 
 /// A lack of memory and the like is waited out this long.
@@ -97,8 +98,10 @@ pub(crate) struct Setup {
     pub(crate) impatient: bool,
     /// It must answer everything within this many nanoseconds; 0 for no bound.
     pub(crate) bound: u64,
-    /// The content of the file is the content of the disk, byte for byte.
-    pub(crate) is_raw: bool,
+    /// Where in the file the bytes of the disk are.
+    pub(crate) layout: Layout,
+    /// Errnos that filters above the image give.
+    pub(crate) filters: Vec<Errno>,
 }
 
 struct State {
@@ -108,6 +111,7 @@ struct State {
     made: u64,
     answered: u64,
     closing: bool,
+    closing_since: Option<u64>,
     /// Drivers that panicked.
     panics: u64,
     /// The process ends without closing: what is unanswered is answered EIO.
@@ -140,6 +144,7 @@ impl Subject {
             made: 0,
             answered: 0,
             closing: false,
+            closing_since: None,
             panics: 0,
             exiting: false,
             poison: None,
@@ -425,17 +430,14 @@ impl Subject {
         let file = &kernel.files[self.setup.file];
         // Looking at all of a large disk each time would take most of the time.
         let often = if file.len() <= 256 << 10 { 1 } else { 3 };
-        if !self.setup.is_raw || self.dice.borrow_mut().below(often) > 0 {
+        if self.dice.borrow_mut().below(often) > 0 {
             return Ok(());
         }
-        let size = self.setup.size as usize;
-        match file.durable().get(..size) {
-            Some(bytes) => state
-                .model
-                .check_durable(bytes)
-                .map_err(|what| format!("told durable, but a power cut now would leave: {what}")),
-            None => Ok(()), // truncated behind our back
-        }
+        let disk = self.setup.layout.disk_of(file.durable());
+        state
+            .model
+            .check_durable(&disk)
+            .map_err(|what| format!("told durable, but a power cut now would leave: {what}"))
     }
 
     fn check_counts(&self, state: &State) {
@@ -488,6 +490,16 @@ impl Subject {
         if asked.calls == 1 && now - asked.at > PROMPT {
             let late = (now - asked.at) / 1_000_000;
             self.fail("O4", format!("request {request} was looked at only after {late} ms"));
+        }
+        if let (Some((Told::Err { errno, lasting }, at)), Some(closed)) = (asked.told, state.closing_since)
+            && at + PROMPT < closed
+            && closed + PROMPT < now
+            && fate(errno, lasting, kind, at - asked.at, &self.setup.policy) == Fate::Held
+        {
+            self.fail(
+                "O4",
+                format!("request {request} was held when the disk was closed, and is tried again"),
+            );
         }
         if let Some((told, at)) = asked.told {
             let policy = if state.closing {
@@ -547,9 +559,8 @@ impl Subject {
         }
         let state = &mut *self.state.borrow_mut();
         state.order += 1;
-        if let Err((oracle, what)) =
-            self.judge_call(state, &call_state.faults, kind, call_state.request, poison_before, result)
-        {
+        let judged = self.judge_call(state, &call_state, kind, poison_before, result);
+        if let Err((oracle, what)) = judged {
             let request =
                 call_state.request.map_or_else(|| "a flush".into(), |request| format!("request {request}"));
             self.fail(
@@ -591,22 +602,25 @@ impl Subject {
     fn judge_call(
         &self,
         state: &State,
-        faults: &[Fault],
+        call: &Call,
         kind: OpKind,
-        request: Option<u64>,
         poison_before: Option<Errno>,
         result: Result<(), &Error>,
     ) -> Result<(), (&'static str, String)> {
         let kernel = self.kernel.borrow();
         let sync = &kernel.syncs[self.setup.file];
+        let Call { request, faults, passed } = call;
         let hard: Vec<Errno> = faults.iter().filter_map(hard).collect();
         let poisons = kind == OpKind::Flush || kind.changes() || (kind == OpKind::Read && !self.setup.direct);
         match result {
+            Ok(()) if !passed => Err(("O2", "success without its image being called".into())),
             Ok(()) if poisons && poison_before.is_some() && !self.setup.read_only => {
                 Err(("O3", format!("success after a sync had failed with {poison_before:?}")))
             }
             Ok(()) if kind == OpKind::Flush => {
-                if sync.failed && !self.setup.read_only {
+                if faults.contains(&Fault::Shrunk) && !self.setup.read_only {
+                    Err(("O2", "success although the file has shrunk".into()))
+                } else if sync.failed && !self.setup.read_only {
                     Err(("O2", format!("success after a sync failed: {:?}", sync.errors)))
                 } else {
                     Ok(())
@@ -619,7 +633,9 @@ impl Subject {
                 let justified = match poison_before {
                     Some(poison) => poison == errno,
                     None => {
-                        sync.errors.contains(&errno) || (errno == Errno::EIO && (sync.shrunk || sync.given_up))
+                        (!passed && self.setup.filters.contains(&errno))
+                            || sync.errors.contains(&errno)
+                            || (errno == Errno::EIO && (sync.shrunk || sync.given_up))
                     }
                 };
                 if poisons && justified {
@@ -629,18 +645,14 @@ impl Subject {
                     Err(("O3", format!("poison is {poison_before:?}, syncs failed with {known:?}")))
                 }
             }
-            Err(_)
-                if kind == OpKind::Flush
-                    && !faults.iter().any(|fault| matches!(fault, Fault::Injected(_))) =>
-            {
-                Err(("O3", "a failed sync must last".into()))
-            }
+            Err(_) if kind == OpKind::Flush => Err(("O3", "a failed sync must last".into())),
             Err(error) => {
                 let errno = error.errno();
                 let shorts = faults.iter().filter(|fault| **fault == Fault::Short).count();
                 let fast =
                     request.and_then(|request| state.asked.get(&request)).is_some_and(|asked| asked.fast);
-                let derived = (errno == Errno::EIO && shorts >= SHORTS_MAX)
+                let derived = (!passed && self.setup.filters.contains(&errno))
+                    || (errno == Errno::EIO && shorts >= SHORTS_MAX)
                     || (errno == Errno::EOPNOTSUPP && fast)
                     || (errno == Errno::EROFS && self.setup.read_only);
                 // Of several the gravest, and of equals the first.
@@ -685,8 +697,10 @@ impl Subject {
 
     /// The disk is about to be closed.
     pub(crate) fn closes(&self) {
+        let now = self.now();
         let mut state = self.state.borrow_mut();
         state.closing = true;
+        state.closing_since = Some(now);
         state.flushes_due += 1;
     }
 
@@ -696,8 +710,13 @@ impl Subject {
     }
 
     /// The file lost its end.
-    pub(crate) fn lost(&self, span: Span) {
-        self.state.borrow_mut().model.lost(span);
+    pub(crate) fn lost(&self, gone: Span) {
+        let whole = Span::new(0, self.setup.size).expect("a small disk");
+        for (part, at) in self.setup.layout.parts(whole) {
+            if Span::new(at, part.len()).is_some_and(|place| place.overlaps(gone)) {
+                self.state.borrow_mut().model.lost(part);
+            }
+        }
     }
 
     /// The oldest requests that are not answered, for the report.
@@ -765,11 +784,10 @@ impl Subject {
     /// All that was answered must be durable after a good close.
     fn check_closed(&self, state: &State) -> Result<(), String> {
         let kernel = self.kernel.borrow();
-        let size = self.setup.size as usize;
-        match kernel.files[self.setup.file].durable().get(..size) {
-            Some(bytes) if self.setup.is_raw && !self.setup.read_only => state.model.check_live(bytes),
-            Some(_) | None => Ok(()),
+        if self.setup.read_only {
+            return Ok(());
         }
+        state.model.check_live(&self.setup.layout.disk_of(kernel.files[self.setup.file].durable()))
     }
 
     /// What holds when everything is over: no request is left, counts agree.
@@ -826,6 +844,6 @@ fn hard(fault: &Fault) -> Option<Errno> {
             errno,
         )
         | Fault::Injected(errno) => Some(*errno),
-        Fault::Nothing => Some(Errno::EIO),
+        Fault::Nothing | Fault::Shrunk => Some(Errno::EIO),
     }
 }

@@ -150,6 +150,65 @@ impl Storage for Witness {
     }
 }
 
+/// A storage beneath filters: tells what gets past them.
+pub(crate) struct Beneath {
+    subject: Rc<Subject>,
+    inner: Rc<dyn Storage>,
+}
+
+impl Beneath {
+    pub(crate) fn new(subject: &Rc<Subject>, inner: Rc<dyn Storage>) -> Beneath {
+        Beneath { subject: subject.clone(), inner }
+    }
+
+    fn reached(&self) -> &dyn Storage {
+        self.subject.kernel.borrow_mut().passed();
+        &*self.inner
+    }
+}
+
+impl Storage for Beneath {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+
+    fn read(&self, at: u64, buf: Buf) -> Io<'_> {
+        self.reached().read(at, buf)
+    }
+
+    fn write(&self, at: u64, buf: Buf) -> Io<'_> {
+        self.reached().write(at, buf)
+    }
+
+    fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
+        self.reached().zero(span, how)
+    }
+
+    fn discard(&self, span: Span) -> Io<'_> {
+        self.reached().discard(span)
+    }
+
+    fn flush(&self) -> Io<'_> {
+        self.reached().flush()
+    }
+
+    fn extents(&self, span: Span) -> Io<'_, Vec<Run>> {
+        self.reached().extents(span)
+    }
+
+    fn prefetch(&self, span: Span) -> Io<'_> {
+        self.reached().prefetch(span)
+    }
+
+    fn poison(&self) -> Option<Error> {
+        self.inner.poison()
+    }
+}
+
 /// What the panics of tests say.
 pub(crate) const ON_PURPOSE: &str = "in a driver, on purpose";
 
@@ -159,7 +218,7 @@ pub(crate) enum Mischief {
     /// It panics once, after so many calls, with operations in flight.
     Panic { after: u32 },
     /// It gives up calls after a while, leaving their operations in flight.
-    Impatience { percent: u64 },
+    Impatience { percent: u64, nanoseconds: u64 },
 }
 
 /// A driver that panics, or that loses patience, between a disk and a good storage.
@@ -191,8 +250,10 @@ impl Mischievous {
                 Box::pin(Panicking { subject: &self.subject, inner, polls: 0 })
             }
             // Giving up a flush poisons a file, which is right, but would leave nothing else to test.
-            Mischief::Impatience { percent } if !is_flush && self.dice.borrow_mut().percent(percent) => {
-                let patience = Duration::from_nanos(self.dice.borrow_mut().below(3_000_000));
+            Mischief::Impatience { percent, nanoseconds }
+                if !is_flush && self.dice.borrow_mut().percent(percent) =>
+            {
+                let patience = Duration::from_nanos(self.dice.borrow_mut().below(nanoseconds));
                 Box::pin(Impatient {
                     subject: &self.subject,
                     inner: Some(inner),

@@ -23,8 +23,8 @@ impl Fault {
     }
 
     fn check(&self, kind: OpKind, span: Span) -> Result<()> {
-        if let Some(error) = self.poison.borrow().clone().filter(|_| kind.changes() || kind == OpKind::Flush)
-        {
+        // The first poison stays the one that is told, also where it is that of the storage below.
+        if let Some(error) = self.poison().filter(|_| kind.changes() || kind == OpKind::Flush) {
             return Err(error);
         }
         if !self.rule.hits(kind, span) {
