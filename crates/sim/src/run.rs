@@ -144,7 +144,11 @@ impl World {
         };
         let layout = match dice.below(2) {
             0 => None,
-            1.. => Some(Layout::scattered(size, dice.pick(&[512, 4096, 4096, 8192]), dice)),
+            1.. => {
+                // Not so many parts that putting them together takes all of the time.
+                let cluster = dice.pick(&[512, 4096, 4096, 8192]).max(size.next_power_of_two() / 128);
+                Some(Layout::scattered(size, cluster, dice))
+            }
         };
         let filters = match dice.below(5) {
             0 if !quiet => (0..dice.between(1, 2)).map(|_| draw_filter(dice, direct, size)).collect(),

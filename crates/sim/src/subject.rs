@@ -3,7 +3,7 @@
 //! The oracles O1 to O4 of FAILURES D.1 are here. They know the promises, not the code that keeps them.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use block::{Errno, Error, Op, OpKind, Payload, Span};
@@ -118,6 +118,8 @@ struct State {
     exiting: bool,
     /// The error that flushes and changes fail with, once a flush did.
     poison: Option<Errno>,
+    /// What calls for a flush have failed with: the poison, and what those under way before it met.
+    flush_errors: BTreeSet<Errno>,
     flush_calls: u64,
     /// Requests that must have called for a flush.
     flushes_due: u64,
@@ -148,6 +150,7 @@ impl Subject {
             panics: 0,
             exiting: false,
             poison: None,
+            flush_errors: BTreeSet::new(),
             flush_calls: 0,
             flushes_due: 0,
             flushes_refused: 0,
@@ -357,10 +360,10 @@ impl Subject {
                 let flushed =
                     asked.kind == OpKind::Flush || (asked.fua && matches!(asked.told, Some((Told::Ok, _))));
                 if flushed {
-                    return if state.poison == Some(*errno) {
+                    return if state.flush_errors.contains(errno) {
                         Ok(())
                     } else {
-                        wrong("O3", &format!("no flush failed so; poison is {:?}", state.poison))
+                        wrong("O3", &format!("no flush failed so, only with {:?}", state.flush_errors))
                     };
                 }
                 match asked.told {
@@ -579,7 +582,10 @@ impl Subject {
         if kind == OpKind::Flush {
             match told {
                 Told::Ok => state.flushed = state.flushed.max(begun),
-                Told::Err { errno, .. } => state.poison = state.poison.or(Some(errno)),
+                Told::Err { errno, .. } => {
+                    state.poison = state.poison.or(Some(errno));
+                    state.flush_errors.insert(errno);
+                }
             }
         }
         if let Told::Err { errno, lasting: true } = told {
