@@ -52,7 +52,7 @@ fn main() -> ExitCode {
     let chore = Arguments::parse().chore;
     let result = match chore {
         Chore::Check => check::run(),
-        Chore::Ci(arguments) => ci::run(&arguments),
+        Chore::Ci(arguments) => return ci::run(&arguments),
         Chore::Sim(arguments) => sim::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Lab { scenario } => lab::run(&scenario),

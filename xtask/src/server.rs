@@ -106,7 +106,7 @@ impl Plan {
         // In a group of its own, so that Ctrl-C reaches it only through the sweep, in order.
         command.process_group(0).stdin(Stdio::null()).stdout(words.try_clone()?).stderr(words);
         let child = start(&mut command)?;
-        let mut server = Server { child, socket, log, kind: self.kind };
+        let mut server = Server { child, socket, log, kind: self.kind, is_over: false };
         sweep::record(folder, server.child.id())?;
         until(Duration::from_secs(40), "the server accepts connections", || {
             if let Some(status) = server.child.try_wait()? {
@@ -132,6 +132,8 @@ pub(crate) struct Server {
     socket: PathBuf,
     log: PathBuf,
     kind: Kind,
+    /// We know how it ended.
+    is_over: bool,
 }
 
 impl Server {
@@ -169,6 +171,7 @@ impl Server {
     /// Asks it to end, and says how it did.
     pub(crate) fn end(mut self) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
+        self.is_over = true;
         wait(&mut self.child, Duration::from_secs(30))?.context("the server did not end in 30 s")
     }
 
@@ -178,6 +181,7 @@ impl Server {
 
     /// Ends it as a crash would.
     pub(crate) fn kill(mut self) -> Result<()> {
+        self.is_over = true;
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
@@ -199,6 +203,12 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // Seen here only when a check failed, and then this may well be why.
+        if let Ok(Some(status)) = self.child.try_wait()
+            && !self.is_over
+        {
+            eprintln!("xtask: the server had ended by itself: {status}\n{}", self.said());
+        }
         let ended = self.child.kill().and_then(|()| self.child.wait());
         if let Err(error) = ended {
             eprintln!("xtask: could not end the server: {error}");

@@ -27,6 +27,8 @@
 //!
 //! - A write answered short, or with 0, reaches the caller of pwrite(2) as that count. io_uring writes the rest by
 //!   itself: it reports fewer bytes only if the rest fails, and `EAGAIN` if nothing is written again and again.
+//! - Without [`Options::async_direct_io`] and with [`Cache::None`], io_uring cannot be relied on after a short count:
+//!   tapdisk refuses such an image, so its tests use another combination.
 //! - io_uring repeats an O_DIRECT write that fails with `EAGAIN`, hundreds or thousands of times, before it reports it:
 //!   say `count=N`.
 //! - With O_DIRECT, io_uring does reads and writes *within* io_uring_enter(2), which therefore waits for a request

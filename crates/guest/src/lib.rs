@@ -2,6 +2,8 @@
 //! [`block::Request`]s and each answer into its own protocol's words.
 
 pub mod budget;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod nbd;
 
 use block::{Limits, Request};

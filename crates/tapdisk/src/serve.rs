@@ -10,10 +10,10 @@ use block::Pool;
 use disk::{Config, Disk, Policy};
 use guest::nbd::{Address, Exports, Listener, Server, Settings};
 use image::{Chain, Raw};
-use runtime::{Handle, Mailbox, RingFlags, Runtime, Sender, Uring};
+use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle as SignalHandle, Signals};
-use storage::file::{self, File, Opened, Options};
+use storage::file::{self, File, OpenError, Opened, Options};
 use storage::{Null, Ram, Storage};
 
 use crate::cli::{Cache, Image, Ring, Serve};
@@ -95,7 +95,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     let uring = Uring::open(ring_flags(arguments.ring), &pool)?;
     let runtime = Runtime::new(Box::new(uring), pool);
     let handle = runtime.handle().clone();
-    let contents = open(&handle, arguments)?;
+    let contents = open(&runtime, arguments)?;
     let mut listeners = Vec::new();
     for address in addresses(arguments)? {
         listeners.extend(Listener::bind(&address, arguments.allow_remote)?);
@@ -145,7 +145,7 @@ struct Contents {
     how: String,
 }
 
-fn open(handle: &Handle, arguments: &Serve) -> anyhow::Result<Contents> {
+fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
     let path = match &arguments.image {
         Image::Null(bytes) => {
             let how = "nothing behind it: reads give zeroes, writes are forgotten".into();
@@ -164,10 +164,15 @@ fn open(handle: &Handle, arguments: &Serve) -> anyhow::Result<Contents> {
     let options =
         Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT };
     let opened = file::open(path, &options)?;
+    let handle = runtime.handle().clone();
+    let opened = runtime.block_on(async move {
+        file::check_short_transfers(&handle, &opened).await?;
+        Ok::<_, OpenError>(opened)
+    })?;
     let how = describe(&opened, arguments);
     let name =
         path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into());
-    Ok(Contents { storage: Rc::new(File::new(handle, opened)), name, how })
+    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), name, how })
 }
 
 fn describe(opened: &Opened, arguments: &Serve) -> String {

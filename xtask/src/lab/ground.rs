@@ -1,6 +1,6 @@
 //! The host's file system in small: ext4 on a loop device on a sparse file, with as much room as we say.
 
-use crate::command::{command, output, root};
+use crate::command::{command, output, root, until, within};
 use crate::work::{Work, drop_caches};
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
@@ -8,6 +8,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -93,14 +94,24 @@ impl Ground {
 
     /// Unmounts and mounts it, and drops the page cache, so that what is read next comes from the disk.
     pub(crate) fn remount(&self) -> Result<()> {
-        output(command("umount", [] as [&str; 0]).arg(&self.mount))?;
+        self.unmount()?;
         drop_caches()?;
         output(command("mount", [&self.device]).arg(&self.mount))?;
         Ok(())
     }
 
+    /// The kernel tears down the ring of a process that has ended in its own time, and until then the image
+    /// is in use.
+    fn unmount(&self) -> Result<()> {
+        until(Duration::from_secs(5), &format!("{} is free", self.mount.display()), || {
+            let ended = within(Duration::from_secs(60), command("umount", ["--"]).arg(&self.mount))?;
+            ensure!(ended.status.success() || ended.stderr.contains("busy"), "umount: {}", ended.said());
+            Ok(ended.status.success())
+        })
+    }
+
     fn release(&self) -> Result<()> {
-        output(command("umount", [] as [&str; 0]).arg(&self.mount))?;
+        self.unmount()?;
         output(&mut command("losetup", ["--detach", &self.device]))?;
         fs::remove_file(&self.backing).context("remove the backing file")
     }

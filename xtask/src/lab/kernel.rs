@@ -45,8 +45,7 @@ pub(crate) fn run(work: &Work, arguments: &DiskFull) -> Result<()> {
     println!("     dd: {}", dd.stderr.lines().next().unwrap_or("nothing"));
     ensure!(!dd.status.success(), "dd wrote and synced 1 GiB where {FREE} bytes fit\n{}", dd.said());
     println!("     {} MiB of the image are allocated", mib(allocated(&image)?));
-    let device = guest.partition.trim_start_matches("/dev/").to_owned();
-    let error = until_logged(&mut log, &format!("error, dev {device}, sector"))?;
+    let error = until_logged(&mut log, &format!("error, dev {}, sector", name(&guest.disk)))?;
     println!("     kernel: {error}");
     // No look at the safe files yet: the kernel has dropped metadata that it could not write in its place,
     // and has it only in the journal until that is replayed.
@@ -59,7 +58,8 @@ pub(crate) fn run(work: &Work, arguments: &DiskFull) -> Result<()> {
     let must_recover = output(&mut command("dumpe2fs", ["-h", &guest.partition]))?.contains("needs_recovery");
     guest.mount()?;
     if must_recover {
-        let recovery = until_logged(&mut log, &format!("EXT4-fs ({device}): recovery complete"))?;
+        let recovered = format!("EXT4-fs ({}): recovery complete", name(&guest.partition));
+        let recovery = until_logged(&mut log, &recovered)?;
         println!("     kernel: {recovery}");
     }
     drop_caches()?;
@@ -77,6 +77,10 @@ pub(crate) fn run(work: &Work, arguments: &DiskFull) -> Result<()> {
 }
 
 const LONG: Duration = Duration::from_secs(240);
+
+fn name(device: &str) -> &str {
+    device.trim_start_matches("/dev/")
+}
 
 fn until_logged(log: &mut KernelLog, what: &str) -> Result<String> {
     let mut found = None;
@@ -110,6 +114,9 @@ fn check_safe_files(folder: &Path, safe: &Model) -> Result<()> {
 struct Guest {
     nbdfuse: Child,
     fuse: PathBuf,
+    /// Named by the block layer's errors.
+    disk: String,
+    /// The same, or its first partition.
     partition: String,
     mount: PathBuf,
 }
@@ -143,15 +150,17 @@ impl Guest {
             let sfdisk = format!("echo 'start={}, type=83' | sfdisk --quiet {whole}", PARTITION_AT / 512);
             output(&mut command("sh", ["-c", &sfdisk]))?;
         }
-        let partition = format!("{whole}p1");
-        let partition = if Path::new(&partition).exists() {
-            partition
+        let first = format!("{whole}p1");
+        let (disk, partition) = if Path::new("/sys/class/block").join(name(&first)).exists() {
+            until(Duration::from_secs(10), &format!("{first} appears"), || Ok(Path::new(&first).exists()))?;
+            (whole, first)
         } else {
             // This kernel reads no partition tables: take the same range by hand.
             output(&mut command("losetup", ["--detach", &whole]))?;
-            attach_loop(&disk, &["--offset", &PARTITION_AT.to_string()])?
+            let part = attach_loop(&disk, &["--offset", &PARTITION_AT.to_string()])?;
+            (part.clone(), part)
         };
-        Ok(Guest { nbdfuse, fuse, partition, mount })
+        Ok(Guest { nbdfuse, fuse, disk, partition, mount })
     }
 
     fn mount(&self) -> Result<()> {

@@ -90,6 +90,11 @@ impl Connection {
         self.until(|state| state.out.len() < REQUESTS_MAX).await;
     }
 
+    /// Whether no request is out.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.state.borrow().out.is_empty()
+    }
+
     /// Waits until no request is out.
     pub(crate) async fn settled(&self) {
         self.until(|state| state.out.is_empty()).await;

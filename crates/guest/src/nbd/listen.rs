@@ -5,7 +5,6 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -136,15 +135,11 @@ impl Listener {
         let _lock = lock_directory(path);
         match std::fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(name())),
-            Ok(_) => match UnixStream::connect(path) {
-                Ok(_) => return Err(ListenError::Live(name())),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path)
-                        .map_err(|error| self::failed(name(), "remove the stale socket", error))?;
-                }
-                // A backlog that is full is somebody's too.
-                Err(error) => return Err(self::failed(name(), "find out whether it is in use", error)),
-            },
+            Ok(_) if is_live(&address).map_err(failed("find out whether it is in use"))? => {
+                return Err(ListenError::Live(name()));
+            }
+            Ok(_) => std::fs::remove_file(path)
+                .map_err(|error| self::failed(name(), "remove the stale socket", error))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(self::failed(name(), "look at it", error)),
         }
@@ -209,6 +204,21 @@ impl fmt::Display for Listener {
 
 fn failed(address: impl fmt::Display, doing: &'static str, error: io::Error) -> ListenError {
     ListenError::Failed { address: address.to_string(), doing, error }
+}
+
+fn unix_socket(flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+/// Whether somebody listens on this socket.
+fn is_live(address: &SocketAddrUnix) -> rustix::io::Result<bool> {
+    let socket = unix_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    match rustix::net::connect(&socket, address) {
+        // EAGAIN: more clients wait already than may. Somebody owns it who is slow.
+        Ok(()) | Err(rustix::io::Errno::AGAIN) => Ok(true),
+        Err(rustix::io::Errno::CONNREFUSED) => Ok(false),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Keeps others like us from starting here meanwhile, if the directory can be locked.

@@ -142,6 +142,11 @@ impl Negotiation {
         }
     }
 
+    /// Bytes of memory that the client's bytes take up.
+    pub(crate) fn stored(&self) -> usize {
+        self.held.capacity()
+    }
+
     fn expect_header(&mut self) {
         self.phase = Phase::Header;
         self.need = 16;

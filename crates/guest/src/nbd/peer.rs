@@ -23,7 +23,8 @@ pub struct Patience {
     /// While others wait for memory, a client that holds some, and is waited for, moves 64 KiB in this time or is
     /// dropped.
     pub pace: Duration,
-    /// A client whose last answer is on its way has so long to read it.
+    /// A client whose last answers are on their way has so long to read them: all of them where the server ends,
+    /// 64 KiB at a time where the client does.
     pub leave: Duration,
     /// A connection that has moved nothing for so long gives the memory back that it keeps for speed.
     pub idle: Duration,
@@ -343,6 +344,11 @@ impl Peer {
             // How long the disk takes is not the client's fault.
             Phase::Leaving if self.unanswered.get() > 0 => self.pace.set((moved, now)),
             Phase::Leaving => {
+                // Who leaves by itself may take its time as long as it reads. A server that ends does not wait.
+                let is_drained = self.order.get() == Some(Order::Leave);
+                if !is_drained && moved - self.pace.get().0 >= PACE_LEN {
+                    self.pace.set((moved, now));
+                }
                 if now.since(self.pace.get().1) > patience.leave {
                     self.drop_for(Reason::NotReading);
                 }

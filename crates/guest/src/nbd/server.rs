@@ -2,8 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use block::Errno;
@@ -76,6 +79,7 @@ struct Shared {
     emptied: Signal,
     listeners: Cell<usize>,
     is_watching: Cell<bool>,
+    watcher: RefCell<Option<Waker>>,
     complaints: Complaints,
 }
 
@@ -95,6 +99,7 @@ impl Server {
             emptied: Signal::default(),
             listeners: Cell::new(0),
             is_watching: Cell::new(false),
+            watcher: RefCell::default(),
             complaints: Complaints::default(),
         }))
     }
@@ -270,17 +275,26 @@ impl Shared {
 
     /// Looks after all connections while there are any.
     async fn watch(&self) {
-        loop {
-            self.handle.sleep(self.settings.patience.round).await;
+        while self.next_round().await {
             let peers: Vec<_> = self.peers.borrow().values().cloned().collect();
-            if peers.is_empty() {
-                self.is_watching.set(false);
-                return;
-            }
             for peer in peers {
                 peer.look_after(&self.budget, &self.settings.patience);
             }
         }
+        self.is_watching.set(false);
+    }
+
+    /// Waits for the time of the next round; false as soon as there is nobody left to look after.
+    async fn next_round(&self) -> bool {
+        let mut sleep = pin!(self.handle.sleep(self.settings.patience.round));
+        std::future::poll_fn(|cx| {
+            if self.peers.borrow().is_empty() {
+                return Poll::Ready(false);
+            }
+            *self.watcher.borrow_mut() = Some(cx.waker().clone());
+            sleep.as_mut().poll(cx).map(|()| true)
+        })
+        .await
     }
 }
 
@@ -292,7 +306,12 @@ struct Farewell<'a> {
 
 impl Drop for Farewell<'_> {
     fn drop(&mut self) {
-        self.shared.peers.borrow_mut().remove(&self.peer.id);
+        let mut peers = self.shared.peers.borrow_mut();
+        peers.remove(&self.peer.id);
+        if let (true, Some(watcher)) = (peers.is_empty(), self.shared.watcher.take()) {
+            watcher.wake();
+        }
+        drop(peers);
         self.shared.requests.set(self.shared.requests.get() + self.peer.taken.get());
         self.shared.tell_if_empty();
     }

@@ -82,7 +82,7 @@ pub(crate) async fn transmit(
         })
         .await;
     peer.is_receiving.set(false);
-    let was_busy = !stream.is_empty() || peer.unanswered.get() > 0 || peer.is_sending.get();
+    let was_busy = !stream.is_empty() || !connection.is_settled();
     match end {
         // "Either side MAY initiate a hard disconnect if it detects a violation by the other party".
         End::Request(_) | End::Handshake(_) | End::Failed(_) | End::Dropped(_) => {
@@ -93,14 +93,16 @@ pub(crate) async fn transmit(
     }
     peer.enter(Phase::Leaving);
     connection.settled().await;
-    if peer.is_tcp && was_busy && end == End::Drained && !peer.is_over() {
+    // One that left in order but did not take its last answers has not had them.
+    let end = peer.dropped_for().map_or(end, End::Dropped);
+    if peer.is_tcp && was_busy && end == End::Drained {
         // Closing a TCP connection on which there is something unread resets it, and what the client has not read
         // yet is lost with it. So it is told the end first, and heard out.
+        peer.enter(Phase::Leaving);
         peer.hang_up();
         linger(&mut stream).await;
     }
-    // One that left in order but did not take its last answers has not had them.
-    peer.dropped_for().map_or(end, End::Dropped)
+    end
 }
 
 /// Hears a client out; how long is limited by [`super::peer::Patience::leave`].

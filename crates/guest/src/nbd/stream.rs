@@ -16,8 +16,8 @@ const LARGE_LEN: usize = 128 << 10;
 const LARGE_TOTAL: usize = 16 << 20;
 /// A large buffer that was filled to less than a small one so many times in a row is exchanged.
 const QUIET_MAX: u32 = 256;
-/// Bytes received along with the rest of a long payload: the next header, and little else, since what follows a
-/// long payload is often another one, which is received to where it belongs.
+/// Bytes received behind a long payload: the next header, and little else, since what follows a long payload is
+/// often another one, which is received to where it belongs.
 const TAIL_LEN: usize = 512;
 /// Bytes from which a payload is long.
 const LONG_LEN: usize = 32 << 10;
@@ -43,6 +43,8 @@ pub(crate) struct Stream {
     /// The last receive filled the buffer.
     is_full: bool,
     quiet: u32,
+    /// Requests since the last that had a long payload, that one included; zero where there was none lately.
+    since_long: u8,
 }
 
 impl Stream {
@@ -51,7 +53,7 @@ impl Stream {
         let buf = peer.handle().pool().take(SMALL_LEN.max(received.len()));
         buf.put(0, received);
         let end = received.len();
-        Stream { peer, large_buffers, buf, start: 0, end, is_full: false, quiet: 0 }
+        Stream { peer, large_buffers, buf, start: 0, end, is_full: false, quiet: 0, since_long: 0 }
     }
 
     /// Whether nothing that was received is left.
@@ -68,6 +70,10 @@ impl Stream {
         let mut bytes = [0; HEADER_LEN_MAX];
         self.buf.get(self.start, &mut bytes[..len]);
         self.start += len;
+        self.since_long = match self.since_long {
+            0 | 2 => 0,
+            since => since + 1,
+        };
         Some(Header::parse(&bytes, style))
     }
 
@@ -76,13 +82,13 @@ impl Stream {
         loop {
             self.fit();
             self.peer.is_receiving.set(!self.is_empty());
-            let room = self.buf.slice(self.end, self.buf.len() - self.end);
+            let room = self.buf.slice(self.end, self.room());
             let received = self.peer.receive(&room).await?;
             drop(room);
             match received {
                 Some(count) => {
                     self.end += count;
-                    self.note(self.end);
+                    self.note();
                     self.peer.is_receiving.set(false);
                     return Ok(());
                 }
@@ -93,6 +99,9 @@ impl Stream {
 
     /// Receives all of `payload`.
     pub(crate) async fn payload(&mut self, payload: &Buf) -> Result<(), End> {
+        if payload.len() >= LONG_LEN {
+            self.since_long = 1;
+        }
         let mut got = payload.len().min(self.end - self.start);
         if got > 0 {
             payload.copy_from(0, &self.buf.slice(self.start, got));
@@ -107,14 +116,11 @@ impl Stream {
             (self.start, self.end) = (0, 0);
             let left = payload.len() - got;
             self.fit();
-            let tail_len = if left >= LONG_LEN { TAIL_LEN } else { self.buf.len() };
-            let both = Buf::concat(vec![payload.slice(got, left), self.buf.slice(0, tail_len)]);
+            let both = Buf::concat(vec![payload.slice(got, left), self.buf.slice(0, self.room())]);
             if let Some(count) = self.peer.receive(&both).await? {
                 got += count.min(left);
                 self.end = count.saturating_sub(left);
-                if tail_len == self.buf.len() {
-                    self.note(self.end);
-                }
+                self.note();
             }
         }
         self.peer.is_receiving.set(false);
@@ -140,10 +146,18 @@ impl Stream {
         }
     }
 
+    /// How many bytes to receive behind what there is.
+    fn room(&self) -> usize {
+        let room = self.buf.len() - self.end;
+        if self.since_long > 0 { room.min(TAIL_LEN) } else { room }
+    }
+
     /// Notes how far a receive filled the buffer.
-    fn note(&mut self, filled: usize) {
-        self.is_full = filled == self.buf.len();
-        self.quiet = if filled < SMALL_LEN { self.quiet + 1 } else { 0 };
+    fn note(&mut self) {
+        if self.since_long == 0 {
+            self.is_full = self.end == self.buf.len();
+            self.quiet = if self.end < SMALL_LEN { self.quiet + 1 } else { 0 };
+        }
     }
 
     /// Makes room: moves what is left to the front of a buffer whose size suits the client.

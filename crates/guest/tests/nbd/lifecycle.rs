@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use guest::nbd::{Patience, Settings};
@@ -50,6 +51,37 @@ fn a_client_that_only_listens_on_hears_its_answers() {
         assert_eq!(client.answer().bytes.len(), 512);
         client.end();
     }
+}
+
+#[test]
+fn a_client_that_leaves_may_take_its_time_to_read() {
+    let server = Plan { size: 9 << 20, settings: impatient(), ..Plan::default() }.start();
+    for end in [true, false] {
+        let mut client = Client::connect(&server.path(), Style::Structured);
+        client.ask(READ, 0, 1, 0, 8 << 20);
+        if end {
+            client.ask(DISC, 0, 2, 0, 0);
+        } else {
+            client.stream.shutdown(Shutdown::Write).unwrap();
+        }
+        let start = Instant::now();
+        for _ in 0..32 {
+            std::thread::sleep(Duration::from_millis(25));
+            client.take(256 << 10);
+        }
+        assert!(start.elapsed() > Duration::from_millis(700), "longer than it may do nothing");
+        client.take(20 + 8);
+        client.end();
+    }
+}
+
+#[test]
+fn a_client_that_leaves_and_does_not_read_is_dropped() {
+    let server = Plan { size: 9 << 20, settings: impatient(), ..Plan::default() }.start();
+    let mut client = Client::connect(&server.path(), Style::Structured);
+    client.ask(READ, 0, 1, 0, 8 << 20);
+    client.ask(DISC, 0, 2, 0, 0);
+    server.until("it is dropped", |stats| stats.connections == 0 && stats.memory == 0);
 }
 
 #[test]
@@ -181,32 +213,33 @@ fn draining_does_not_wait_long_for_who_does_not_read() {
 
 #[test]
 fn whatever_reached_the_disk_is_answered_over_tcp_too() {
-    let settings = impatient();
-    let server = Plan { settings, ..Plan::scripted(|nth, _| Act::Late(nth as u64 % 7 * 500)) }.start();
+    const LEN: usize = 64 << 10;
+    let patience = Patience { leave: Duration::from_secs(2), ..impatient().patience };
+    let settings = Settings { patience, ..Settings::default() };
+    let server = Plan { settings, ..Plan::default() }.start();
     let mut client = server.tcp();
-    let handshake = handshake(Style::Simple, false);
-    client.write_all(&handshake).unwrap();
-    let mut greeting = [0; 18 + 20 + 12 + 20];
-    client.read_exact(&mut greeting).unwrap();
+    client.write_all(&handshake(Style::Simple, false)).unwrap();
+    client.read_exact(&mut [0; 18 + 20 + 12 + 20]).unwrap();
     let mut sending = client.try_clone().unwrap();
-    // It goes on sending while the server closes.
+    // It goes on asking while the server closes: there is always something that the server has not read.
+    let (heard, has_heard) = std::sync::mpsc::channel::<()>();
     let sender = std::thread::spawn(move || {
-        for cookie in 0.. {
-            if sending.write_all(&write(Style::Simple, cookie, 0, &[7; 2000])).is_err() {
-                return;
-            }
+        let mut cookie = 0;
+        while has_heard.try_recv() == Err(TryRecvError::Empty) {
+            sending.write_all(&header(Style::Simple, READ, 0, cookie, 0, LEN as u64)).unwrap();
+            cookie += 1;
         }
     });
+    server.until("it is busy", |stats| stats.requests >= 100);
+    server.start_to_drain();
+    std::thread::sleep(Duration::from_millis(100));
     let mut answers = 0;
-    let mut answer = [0; 16];
+    let mut answer = vec![0; 16 + LEN];
     while client.read_exact(&mut answer).is_ok() {
+        assert_eq!(answer[..8], *b"\x67\x44\x66\x98\0\0\0\0");
         answers += 1;
-        if answers == 200 {
-            server.start_to_drain();
-        }
     }
-    drop(client);
-    sender.join().unwrap();
-    assert!(answers >= 200);
+    drop(heard);
     assert_eq!(server.seen().len(), answers);
+    sender.join().unwrap();
 }

@@ -6,4 +6,5 @@ mod server;
 
 mod hostile;
 mod lifecycle;
+mod listen;
 mod transmission;

@@ -6,7 +6,7 @@ mod spin;
 pub(crate) mod uring;
 
 use std::any::Any;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
@@ -103,8 +103,6 @@ pub(crate) struct Ring {
     slots: RefCell<Slab<Slot>>,
     retired: Rc<RefCell<Vec<u32>>>,
     done: RefCell<Vec<(usize, i64)>>,
-    /// Operations whose future was dropped before the kernel was done, so far.
-    abandoned: Cell<u64>,
 }
 
 impl Ring {
@@ -114,7 +112,6 @@ impl Ring {
             slots: RefCell::default(),
             retired: Rc::default(),
             done: RefCell::default(),
-            abandoned: Cell::new(0),
         }
     }
 
@@ -279,7 +276,6 @@ impl Drop for Completion {
             }
             State::Waiting(_) => {
                 slot.state = State::Abandoned;
-                ring.abandoned.set(ring.abandoned.get() + 1);
                 if slot.io.waits_for_a_peer() {
                     drop(slots);
                     ring.engine.borrow_mut().cancel(token);

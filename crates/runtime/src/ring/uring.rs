@@ -85,7 +85,6 @@ pub(crate) fn adopt(fd: RawFd) -> OwnedFd {
 /// An io_uring, its registered files and memory, and the helper thread.
 pub struct Uring {
     ring: IoUring,
-    flags: RingFlags,
     files: Files,
     /// What did not fit the submission queue.
     backlog: VecDeque<squeue::Entry>,
@@ -173,7 +172,6 @@ impl Uring {
             .map_err(|errno| OpenError::Other(Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO)))?;
         let mut uring = Uring {
             ring,
-            flags,
             files: Files { registered, free: (0..FILES as u32).rev().collect() },
             backlog: VecDeque::new(),
             headers: Vec::new(),
@@ -185,16 +183,6 @@ impl Uring {
         };
         uring.listen_for_the_bell();
         Ok(uring)
-    }
-
-    /// The flags that the kernel took.
-    pub fn flags(&self) -> RingFlags {
-        self.flags
-    }
-
-    /// Whether the pool's arena is registered with the kernel.
-    pub fn memory_is_registered(&self) -> bool {
-        self.arena.is_some()
     }
 
     fn listen_for_the_bell(&mut self) {

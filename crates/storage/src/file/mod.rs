@@ -8,6 +8,7 @@ mod lock;
 mod open;
 mod sync;
 mod transfer;
+mod trust;
 
 use std::any::Any;
 use std::cell::{Cell, OnceCell};
@@ -22,6 +23,7 @@ use crate::{Access, Io, RangeLocks, Storage, Zeroing};
 pub use open::{Cache, OpenError, Opened, Options, open};
 use sync::Sync;
 use transfer::{Direction, transfer};
+pub use trust::check_short_transfers;
 
 /// Bytes of a misaligned request that go through our own memory at a time.
 const BOUNCE: u64 = 256 << 10;

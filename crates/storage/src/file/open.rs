@@ -66,6 +66,12 @@ pub enum OpenError {
     /// No byte to serve.
     #[error("{} is empty: expected an image; `--create SIZE` makes it a sparse one of that size", .0.display())]
     Empty(PathBuf),
+    /// Short transfers are not continued where they stopped.
+    #[error(
+        "{}: what follows a short transfer on this file system is not where it belongs, and nothing says so: use another \
+         file system, or serve a loop device on the file", .0.display()
+    )]
+    Misplaced(PathBuf),
     /// Somebody else uses it.
     #[error("{} is in use by {holder}: an image has one writer at a time{}", path.display(), after(waited))]
     Busy {

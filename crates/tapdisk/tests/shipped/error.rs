@@ -1,6 +1,6 @@
 //! Errors of the storage: each reaches the requests that it struck, as what it is, and no others.
 
-use faultfs::FaultFs;
+use faultfs::{FaultFs, Options};
 use nbd_client::{Client, Errno, Request, Style};
 use rustix::process::{Resource, Rlimit};
 
@@ -364,9 +364,21 @@ fn a_file_size_limit_is_told_as_a_lack_of_space_and_ends_nothing() {
 }
 
 #[test]
-#[ignore = "such a file system is not supported yet"]
-fn a_short_count_of_synchronous_direct_io_is_continued_where_it_stopped() {
-    let Some(fs) = faultfs::mount_for_test(faultfs::Options::default()) else { return };
+fn an_image_whose_short_transfers_would_be_misplaced_is_refused() {
+    let Some(fs) = faultfs::mount_for_test(Options::default()) else { return };
+    let image = fs.path().join(IMAGE);
+    for cache in CACHES {
+        let words = [image.to_str().unwrap(), "--create", "8M", "--cache", cache];
+        let ended = Server::start(&words, Some(&fs)).ended();
+        assert_eq!(ended.status.code(), Some(1), "{cache}");
+        assert!(
+            ended.stderr.contains("what follows a short transfer on this file system"),
+            "{}",
+            ended.stderr
+        );
+    }
+    let cached = Options { cache: faultfs::Cache::Through, ..Options::default() };
+    let Some(fs) = faultfs::mount_for_test(cached) else { return };
     everywhere(&fs, |client, how| {
         fill(client);
         rule(&fs, "read:short=1024:once");

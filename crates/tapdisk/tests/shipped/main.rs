@@ -11,3 +11,4 @@ mod policy;
 mod power_cut;
 mod protocol;
 mod server;
+mod table;

@@ -1,0 +1,26 @@
+//! What the fuzz targets and the replay of their corpora call. Not for anybody else.
+//!
+//! Each takes bytes that a client sends, puts them to the server, and panics where what comes back is not what the
+//! protocol demands.
+
+mod negotiation;
+mod transmission;
+
+pub use negotiation::negotiation;
+pub use transmission::transmission;
+
+/// Takes numbers off the front of bytes.
+struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Bytes<'a> {
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    /// A number of this many bytes, at most 8.
+    fn number(&mut self, len: usize) -> Option<u64> {
+        Some(self.take(len)?.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    }
+}

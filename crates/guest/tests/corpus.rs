@@ -1,0 +1,31 @@
+//! What the fuzzers have collected, put to the server again by an ordinary test.
+
+use std::path::Path;
+
+fn replay(target: &str, run: fn(&[u8])) {
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
+    let mut count = 0;
+    for collection in ["corpus", "regressions"] {
+        let Ok(files) = std::fs::read_dir(fuzz.join(collection).join(target)) else { continue };
+        for file in files {
+            let path = file.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            if let Err(panic) = std::panic::catch_unwind(|| run(&bytes)) {
+                eprintln!("with the bytes of {}", path.display());
+                std::panic::resume_unwind(panic);
+            }
+            count += 1;
+        }
+    }
+    assert!(count >= 10, "only {count} files for {target}");
+}
+
+#[test]
+fn negotiation_keeps_its_rules_with_all_that_was_collected() {
+    replay("nbd_negotiation", guest::fuzzing::negotiation);
+}
+
+#[test]
+fn transmission_keeps_its_rules_with_all_that_was_collected() {
+    replay("nbd_transmission", guest::fuzzing::transmission);
+}

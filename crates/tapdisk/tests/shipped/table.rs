@@ -1,0 +1,23 @@
+//! The table of errors, docs/errors.md: what it names as proof is there.
+
+use std::path::Path;
+
+#[test]
+fn every_test_that_the_table_of_errors_names_exists() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let table = std::fs::read_to_string(crates.with_file_name("docs/errors.md")).unwrap();
+    let mut named = 0;
+    for words in table.split('`').skip(1).step_by(2) {
+        let Some((file, test)) = words.split_once("::").filter(|(_, test)| !test.is_empty()) else {
+            continue;
+        };
+        let file = match file.strip_prefix("crates/") {
+            Some(file) => crates.join(file),
+            None => crates.join(format!("tapdisk/tests/shipped/{file}.rs")),
+        };
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{words}: {error}"));
+        assert!(text.contains(&format!("fn {test}(")), "{words} does not exist");
+        named += 1;
+    }
+    assert!(named > 40, "only {named} tests are named");
+}

@@ -1,0 +1,4 @@
+//! Feeds arbitrary bytes to the transmission of an NBD server; see `guest::fuzzing`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| guest::fuzzing::transmission(bytes));
