@@ -113,6 +113,7 @@ impl Rule {
         });
         let times = match (action, transient) {
             (Action::Hang, _) => 1,
+            (Action::AtMost(1) | Action::Without(_), _) => dice.pick(&[1, 2, 5, 100]), // for ever takes as long, byte by byte
             (Action::Fail(Errno::EAGAIN), _) => dice.pick(&[1, 3, 100, u32::MAX]),
             (_, true) => dice.pick(&[1, 3, 100, 100, 3000]), // interrupted for ever is no end anybody can tell
             (_, false) => dice.pick(&[1, 1, 1, 2, 2, 5, 100, u32::MAX]),

@@ -15,7 +15,7 @@ use crate::file::{SECTOR, SimFile};
 use crate::trace::{Event, Trace};
 
 /// Turns of one run after which it is believed to go round in circles.
-const TURNS_MAX: u64 = 2_000_000;
+const TURNS_MAX: u64 = 200_000;
 /// Virtual nanoseconds that a run may take: three hours.
 const TIME_MAX: u64 = 3 * 3600 * 1_000_000_000;
 /// What an I/O operation takes at least: so no two events of one run are simultaneous for ever.
@@ -137,6 +137,8 @@ pub(crate) struct Kernel {
     sizes: Vec<u64>,
     pub(crate) syncs: Vec<SyncRecord>,
     pub(crate) rules: Vec<Rule>,
+    /// Faults have ceased, for all that looks for it.
+    pub(crate) healed: bool,
     pub(crate) dice: Dice,
     latency: u64,
     window: u64,
@@ -173,6 +175,7 @@ impl Kernel {
             sizes: files.iter().map(SimFile::len).collect(),
             files,
             rules: Vec::new(),
+            healed: false,
             dice,
             latency,
             window,
@@ -267,6 +270,7 @@ impl Kernel {
 
     /// Faults cease: what hangs goes on, and nothing goes wrong any more.
     pub(crate) fn heal(&mut self) {
+        self.healed = true;
         self.rules.clear();
         for operation in std::mem::take(&mut self.hung) {
             self.at(self.now, operation, Step::Start);
@@ -589,7 +593,11 @@ impl Kernel {
 
     fn turn(&mut self, wait: Wait, done: &mut Vec<(usize, i64)>) {
         self.turns += 1;
-        assert!(self.turns < TURNS_MAX && self.now < TIME_MAX, "the run goes round in circles");
+        if self.turns == TURNS_MAX || (self.now > TIME_MAX && !self.dead) {
+            self.fail("O4", "the run goes round in circles");
+            drop(self.cut_power());
+        }
+        assert!(self.turns < 2 * TURNS_MAX, "the run goes round in circles, even without power");
         let until = match wait {
             Wait::No => self.now + TURN,
             Wait::Until(Some(Instant(deadline))) => deadline.max(self.now),

@@ -245,13 +245,14 @@ impl Mischievous {
 
     fn spoil<'a, T: 'a>(&'a self, is_flush: bool, inner: Io<'a, T>) -> Io<'a, T> {
         self.calls.set(self.calls.get() + 1);
+        let healed = self.subject.kernel.borrow().healed;
         match self.mischief {
             Mischief::Panic { after } if self.calls.get() == after => {
                 Box::pin(Panicking { subject: &self.subject, inner, polls: 0 })
             }
             // Giving up a flush poisons a file, which is right, but would leave nothing else to test.
             Mischief::Impatience { percent, nanoseconds }
-                if !is_flush && self.dice.borrow_mut().percent(percent) =>
+                if !is_flush && !healed && self.dice.borrow_mut().percent(percent) =>
             {
                 let patience = Duration::from_nanos(self.dice.borrow_mut().below(nanoseconds));
                 Box::pin(Impatient {
