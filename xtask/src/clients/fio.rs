@@ -11,7 +11,7 @@ pub(crate) const CHECKS: &[Check] = &[
         fio(stage, &["--rw=randwrite", "--bsrange=512-256k"], &["write", "read"])
     }),
     ("fio verifies reads and writes, mixed", |stage| fio(stage, &["--rw=randrw", SIZES], &["write", "read"])),
-    // Not with trim_backlog: fio 3.33 does not come to its end with it.
+    // Not with trim_backlog, with which fio 3.33 does not come to its end here.
     ("fio verifies places that it trims and writes", |stage| {
         fio(stage, &["--rw=randtrimwrite", SIZES], &["write", "read", "trim"])
     }),

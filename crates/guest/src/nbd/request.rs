@@ -84,8 +84,8 @@ pub(crate) fn judge(header: &Header, terms: Terms) -> Verdict {
 
 /// How many bytes follow the header.
 fn payload_len(header: &Header, style: Style) -> u64 {
-    // A write's payload follows with or without the flag: some clients do not set it, and servers take
-    // that, as we do. What the client means is beyond doubt.
+    // A write's payload follows with or without the flag: clients in use leave it out, and what they mean is beyond
+    // doubt.
     let follows = header.command == command::WRITE
         || (style == Style::Extended && header.flags & flag::PAYLOAD_LEN != 0);
     if follows { header.len } else { 0 }
