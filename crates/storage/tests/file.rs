@@ -159,6 +159,8 @@ fn a_file_cut_off_under_us_gives_errors_and_not_zeroes() {
             assert_eq!(read.unwrap_err().errno(), Errno::EIO);
             let straddling = file.read(2048, Buf::zeroed(4096)).await;
             assert_eq!(straddling.unwrap_err().errno(), Errno::EIO);
+            let lost = file.extents(Span::new(4096, 8192).unwrap()).await;
+            assert_eq!(lost.unwrap_err().errno(), Errno::EIO, "no hole of zeroes");
             file.write(0, Buf::from_bytes(&[1; 512])).await.unwrap();
             assert_eq!(file.flush().await.unwrap_err().errno(), Errno::EIO, "part of the disk is gone");
             let write = file.write(0, Buf::zeroed(512)).await.unwrap_err();

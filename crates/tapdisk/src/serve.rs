@@ -206,10 +206,10 @@ fn announce(disk: &Disk, how: &str, uris: &[String]) {
     if let Some(uri) = uris.first() {
         text.push_str(&format!("\n    try nbdinfo '{uri}'\n     or qemu-img info '{uri}'"));
     }
-    text.push_str("\nCtrl-C ends it.");
     if !disk.size().is_multiple_of(512) {
         text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");
     }
+    text.push_str("\nCtrl-C ends it.");
     // Nobody may be reading, and that is no reason not to serve.
     if let Err(error) = writeln!(std::io::stdout(), "{text}") {
         tracing::debug!(%error, "standard output is closed");

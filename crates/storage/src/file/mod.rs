@@ -296,7 +296,16 @@ impl File {
         while at < span.end() && runs.len() < RUNS_MAX {
             let data = match self.seek(at, Seek::Data).await {
                 Ok(data) => data.clamp(at, span.end()),
-                Err(error) if error.errno() == Errno::ENXIO => span.end(), // nothing but a hole up to the end
+                Err(error) if error.errno() == Errno::ENXIO => {
+                    // Nothing but a hole up to the end. What was cut off the file is none: reading it fails.
+                    let found = self.seek(0, Seek::End).await?;
+                    if found < self.size {
+                        return Err(
+                            sync::shrunk(found, self.size).during(format_args!("look at {}", self.name))
+                        );
+                    }
+                    span.end()
+                }
                 // A file that cannot tell is all data.
                 Err(error)
                     if matches!(

@@ -152,10 +152,12 @@ async fn sync(handle: &Handle, fd: &Rc<Fd>, size: u64) -> Result<()> {
         }
     };
     if found < size {
-        return Err(Error::new(
-            Errno::EIO,
-            format!("the file has shrunk to {found} bytes, {size} are served"),
-        ));
+        return Err(shrunk(found, size));
     }
     Ok(())
+}
+
+/// The error of a file that somebody has cut off while it is served; sizes in bytes.
+pub(super) fn shrunk(found: u64, size: u64) -> Error {
+    Error::new(Errno::EIO, format!("the file has shrunk to {found} bytes, {size} are served"))
 }
