@@ -129,6 +129,19 @@ pub(crate) enum Image {
     Ram(u64),
 }
 
+impl Image {
+    /// What the log and its socket are called after.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Image::Path(path) => path
+                .file_name()
+                .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned()),
+            Image::Null(_) => "null".into(),
+            Image::Ram(_) => "ram".into(),
+        }
+    }
+}
+
 impl FromStr for Image {
     type Err = String;
 

@@ -103,7 +103,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     let storage = storage::filter::inject(&handle, contents.storage, arguments.fault.clone());
     let chain: Rc<dyn Storage> = Rc::new(Chain::new(Rc::new(Raw::new(storage))));
     let config = Config {
-        name: contents.name,
+        name: arguments.image.name(),
         read_only: arguments.read_only,
         policy: Policy { on_error: arguments.on_error, on_enospc: arguments.on_enospc },
     };
@@ -140,7 +140,6 @@ fn ring_flags(ring: Ring) -> RingFlags {
 /// What is served, and what to tell of it.
 struct Contents {
     storage: Rc<dyn Storage>,
-    name: String,
     /// How it is used, in words.
     how: String,
 }
@@ -149,11 +148,11 @@ fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
     let path = match &arguments.image {
         Image::Null(bytes) => {
             let how = "nothing behind it: reads give zeroes, writes are forgotten".into();
-            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), name: "null".into(), how });
+            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), how });
         }
         Image::Ram(bytes) => {
             let how = "in memory: lost when tapdisk ends".into();
-            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), name: "ram".into(), how });
+            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), how });
         }
         Image::Path(path) => path,
     };
@@ -170,9 +169,7 @@ fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
         Ok::<_, OpenError>(opened)
     })?;
     let how = describe(&opened, arguments);
-    let name =
-        path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into());
-    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), name, how })
+    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), how })
 }
 
 fn describe(opened: &Opened, arguments: &Serve) -> String {
@@ -226,14 +223,8 @@ fn addresses(arguments: &Serve) -> anyhow::Result<Vec<Address>> {
         Some(_) | None if rustix::process::geteuid().is_root() => PathBuf::from("/run"),
         Some(_) | None => PathBuf::from("."),
     };
-    let name = match &arguments.image {
-        Image::Path(path) => {
-            path.file_name().map_or("disk".into(), |name| name.to_string_lossy().into_owned())
-        }
-        Image::Null(_) => "null".into(),
-        Image::Ram(_) => "ram".into(),
-    };
-    Ok(vec![Address::Unix(directory.join(format!("tapdisk-{name}.sock")))])
+    let socket = directory.join(format!("tapdisk-{}.sock", arguments.image.name()));
+    Ok(vec![absolute(&Address::Unix(socket))?])
 }
 
 /// With a path that means the same in any directory: it is told to clients.
