@@ -2,9 +2,12 @@
 //! [`block::Request`]s and each answer into its own protocol's words.
 
 pub mod budget;
+mod complaints;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod listen;
 pub mod nbd;
+mod signal;
 
 use block::{Limits, Request};
 

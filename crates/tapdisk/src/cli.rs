@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use disk::OnError;
-use guest::nbd::Address;
+use guest::listen::Address;
 use storage::filter::Rule;
 
 use crate::size;
