@@ -259,7 +259,7 @@ fn a_signal_is_given_when_the_event_index_is_passed() {
     for (before, answers, event, expected) in table {
         let index: u16 = before;
         let mut desk = Desk::with(Ways { event_idx: true, ..WAYS }, 16, index.wrapping_sub(1), None);
-        let mut answer = |desk: &mut Desk, count: u16| {
+        let answer = |desk: &mut Desk, count: u16| {
             let heads: Vec<u16> =
                 (0..count).map(|nth| desk.driver.indirect(TABLE + 64 * u64::from(nth), &READ)).collect();
             for head in heads {
