@@ -150,8 +150,7 @@ impl Life {
         }
         // Two or three of them, from the front or from the back.
         for nth in 0..2 + turn % 2 {
-            let next =
-                if (nth + turn) % 3 == 0 { self.waiting.pop_front() } else { self.waiting.pop_back() };
+            let next = if (nth + turn) % 3 == 0 { self.waiting.pop_front() } else { self.waiting.pop_back() };
             let (Some((head, op)), false) = (next, tripwire::is_dead()) else { break };
             let span = op.span().unwrap();
             let range = span.at() as usize..span.end() as usize;
@@ -202,7 +201,11 @@ fn serve(lives: &[u64], index: u16, ways: Ways) -> usize {
             guest.act(&disk);
         }
     }
-    assert!(guest.is_done(), "a request was lost: {:?}", guest.blocks.iter().map(|b| b.asked).collect::<Vec<_>>());
+    assert!(
+        guest.is_done(),
+        "a request was lost: {:?}",
+        guest.blocks.iter().map(|b| b.asked).collect::<Vec<_>>()
+    );
     assert_eq!(guest.driver.out(), 0);
     assert_eq!(disk, (0..BLOCKS).flat_map(|_| [VERSIONS; 512]).collect::<Vec<u8>>());
     deaths

@@ -7,6 +7,7 @@ mod device;
 mod disk;
 mod driver;
 mod inflight;
+mod memory;
 mod ram;
 mod request;
 mod ring;
