@@ -8,8 +8,7 @@ pub mod fuzzing;
 pub mod listen;
 pub mod nbd;
 mod signal;
-#[allow(dead_code, unused_imports)] // its control plane is not here yet
-mod vhost;
+pub mod vhost;
 
 use block::{Limits, Request};
 pub use disk::GiveUp;

@@ -24,15 +24,17 @@ pub(crate) const MEMORY_REGIONS_MAX: usize = 509;
 
 /// What a front end gets to see.
 #[derive(Clone, Debug)]
-pub(crate) struct Settings {
+pub struct Settings {
     /// As the log calls the disk.
-    pub(crate) name: String,
+    pub name: String,
     /// How many rings, from 1 on.
-    pub(crate) queues: u16,
+    pub queues: u16,
     /// Bytes of a block: 512 or 4096.
-    pub(crate) block: u32,
-    /// What the guest sees as the disk's serial number; what does not fit is cut off.
-    pub(crate) id: String,
+    pub block: u32,
+    /// What the guest sees as the disk's serial number; what does not fit into 20 bytes is cut off.
+    pub id: String,
+    /// Register the guest's memory with the kernel, which pins all of it.
+    pub pin_memory: bool,
 }
 
 /// What a front end may not do: what was found, and what is expected.
@@ -222,7 +224,7 @@ impl Device {
         if regions.len() > MEMORY_REGIONS_MAX {
             return Err(Violation::Regions(regions.len()));
         }
-        self.use_memory(Memory::new(regions)?);
+        self.use_memory(Memory::new(regions, self.registrar())?);
         Ok(())
     }
 
@@ -232,7 +234,7 @@ impl Device {
         if memory.count() >= MEMORY_REGIONS_MAX {
             return Err(Violation::Regions(memory.count() + 1));
         }
-        self.use_memory(memory.with(spec, fd.as_fd())?);
+        self.use_memory(memory.with(spec, fd.as_fd(), self.registrar())?);
         Ok(())
     }
 
@@ -241,6 +243,11 @@ impl Device {
         let memory = self.common.memory().without(spec).ok_or(Violation::NoRegion(spec))?;
         self.use_memory(memory);
         Ok(())
+    }
+
+    /// Who tells the kernel of memory, where that is wanted.
+    fn registrar(&self) -> Option<&Handle> {
+        self.common.settings.pin_memory.then_some(&self.common.handle)
     }
 
     fn use_memory(&self, memory: Memory) {

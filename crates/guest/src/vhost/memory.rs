@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use block::{Buf, Errno};
+use runtime::{Handle, RegisteredMemory};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::fault::{Refusal, Watched};
@@ -245,11 +246,17 @@ impl Byte {
 struct Region {
     spec: RegionSpec,
     ptr: NonNull<u8>,
+    /// Its pieces of [`PIECE_LEN`] bytes as the kernel knows them; none where it was not told of them.
+    registered: Vec<RegisteredMemory>,
     mapping: Rc<Mapping>,
 }
 
+/// Bytes that io_uring takes as one registered buffer, as a power of two: 1 GiB.
+const PIECE_SHIFT: u32 = 30;
+const PIECE_LEN: usize = 1 << PIECE_SHIFT;
+
 impl Region {
-    fn new(spec: RegionSpec, fd: BorrowedFd<'_>) -> Result<Rc<Region>, MapError> {
+    fn new(spec: RegionSpec, fd: BorrowedFd<'_>, registrar: Option<&Handle>) -> Result<Rc<Region>, MapError> {
         let RegionSpec { guest, len, user, offset } = spec;
         for at in [guest, user] {
             if len == 0 || at.checked_add(len).is_none() {
@@ -257,7 +264,18 @@ impl Region {
             }
         }
         let mapping = Mapping::new(fd, offset, len)?;
-        Ok(Rc::new(Region { spec, ptr: mapping.ptr, mapping }))
+        let registered = registrar.map(|handle| register(handle, &mapping)).unwrap_or_default();
+        Ok(Rc::new(Region { spec, ptr: mapping.ptr, registered, mapping }))
+    }
+
+    /// The number under which the kernel knows these bytes of it, if it does and they lie in one piece.
+    #[inline]
+    fn registered(&self, offset: usize, len: usize) -> Option<u16> {
+        if self.registered.is_empty() {
+            return None;
+        }
+        let (first, last) = (offset >> PIECE_SHIFT, (offset + len.saturating_sub(1)) >> PIECE_SHIFT);
+        if first == last { self.registered.get(first).map(RegisteredMemory::index) } else { None }
     }
 
     /// How far into it an address of the guest is.
@@ -266,6 +284,33 @@ impl Region {
         let offset = guest.wrapping_sub(self.spec.guest);
         (offset < self.spec.len).then_some(offset as usize)
     }
+}
+
+/// Tells the kernel of all of a mapping, or of nothing: then I/O on it costs a little more.
+fn register(handle: &Handle, mapping: &Mapping) -> Vec<RegisteredMemory> {
+    // SAFETY: within the mapping, which the region keeps for longer than the registration.
+    let whole = unsafe { Buf::from_raw(mapping.ptr, mapping.len, None, Rc::new(())) };
+    let mut registered = Vec::new();
+    for at in (0..mapping.len).step_by(PIECE_LEN) {
+        let piece = whole.slice(at, PIECE_LEN.min(mapping.len - at));
+        for segment in piece.segments() {
+            // SAFETY: the mapping stays for as long as the region, which owns what is registered.
+            match unsafe { handle.register_memory(*segment) } {
+                Ok(piece) => registered.push(piece),
+                Err(errno) => {
+                    let bytes = mapping.len;
+                    tracing::warn!(
+                        bytes,
+                        %errno,
+                        "guest memory is not pinned, a little more CPU for each request: ENOMEM asks for a higher limit \
+                         on locked memory (ulimit -l, LimitMEMLOCK=), EOPNOTSUPP for guest memory that is no ordinary file"
+                    );
+                    return Vec::new();
+                }
+            }
+        }
+    }
+    registered
 }
 
 /// All regions of one guest. Replaced as a whole when the front end changes them; what is in use of the old ones
@@ -279,17 +324,25 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// These regions and no others.
-    pub(crate) fn new(regions: Vec<(RegionSpec, OwnedFd)>) -> Result<Memory, MapError> {
+    /// These regions and no others, registered with the kernel by `registrar`.
+    pub(crate) fn new(
+        regions: Vec<(RegionSpec, OwnedFd)>,
+        registrar: Option<&Handle>,
+    ) -> Result<Memory, MapError> {
         let mut memory = Memory::default();
         for (spec, fd) in regions {
-            memory = memory.with(spec, fd.as_fd())?;
+            memory = memory.with(spec, fd.as_fd(), registrar)?;
         }
         Ok(memory)
     }
 
     /// These regions and one more.
-    pub(crate) fn with(&self, spec: RegionSpec, fd: BorrowedFd<'_>) -> Result<Memory, MapError> {
+    pub(crate) fn with(
+        &self,
+        spec: RegionSpec,
+        fd: BorrowedFd<'_>,
+        registrar: Option<&Handle>,
+    ) -> Result<Memory, MapError> {
         let overlaps = |a: u64, b: u64, len: u64| a < b.saturating_add(len) && b < a.saturating_add(spec.len);
         for region in &self.regions {
             let other = region.spec;
@@ -299,7 +352,7 @@ impl Memory {
             }
         }
         let mut regions = self.regions.clone();
-        regions.push(Region::new(spec, fd)?);
+        regions.push(Region::new(spec, fd, registrar)?);
         regions.sort_by_key(|region| region.spec.guest);
         Ok(Memory { regions, last: Cell::new(0) })
     }
@@ -380,7 +433,8 @@ impl Memory {
             && !region.mapping.is_broken()
         {
             // SAFETY: `offset` is within the region.
-            return Ok(part(region, unsafe { region.ptr.add(offset) }, len));
+            let ptr = unsafe { region.ptr.add(offset) };
+            return Ok(part(region, ptr, len, region.registered(offset, len)));
         }
         self.scattered(at, len)
     }
@@ -391,7 +445,7 @@ impl Memory {
             return Ok(Buf::zeroed(0));
         }
         let mut parts = Vec::new();
-        self.pieces(at, len, |region, ptr, len| parts.push(part(region, ptr, len)))?;
+        self.pieces(at, len, |region, ptr, len| parts.push(part(region, ptr, len, None)))?;
         Ok(Buf::concat(parts))
     }
 
@@ -438,8 +492,8 @@ impl Memory {
 
 /// Memory within a region.
 #[inline]
-fn part(region: &Rc<Region>, ptr: NonNull<u8>, len: usize) -> Buf {
-    // SAFETY: the callers stay within the region. The mapping lives as long as `keep`, is readable and writable (a page
+fn part(region: &Rc<Region>, ptr: NonNull<u8>, len: usize, registered: Option<u16>) -> Buf {
+    // SAFETY: the callers stay within the region. Its mapping lives as long as `keep`, is readable and writable (a page
     // of it that is gone is replaced, see `fault`), and nobody holds a reference into it.
-    unsafe { Buf::from_raw(ptr, len, None, region.mapping.clone()) }
+    unsafe { Buf::from_raw(ptr, len, registered, region.clone()) }
 }

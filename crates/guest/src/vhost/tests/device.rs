@@ -9,7 +9,7 @@ use block::{Errno, OpKind, Pool};
 use runtime::{Handle, RingFlags, Runtime, Uring};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::super::device::{Device, Settings, Violation};
+use super::super::device::{Device, Settings};
 use super::disk::{Handed, ModelDisk};
 use super::driver::{Driver, header};
 use super::ram::Ram;
@@ -38,7 +38,7 @@ fn run<F: Future<Output = ()> + 'static>(test: impl FnOnce(Handle) -> F) {
 }
 
 fn settings() -> Settings {
-    Settings { name: "disk".into(), queues: 2, block: 512, id: "serial".into() }
+    Settings { name: "disk".into(), queues: 2, block: 512, id: "serial".into(), pin_memory: false }
 }
 
 fn bell() -> OwnedFd {

@@ -31,7 +31,7 @@ impl Ram {
     }
 
     pub(super) fn memory(&self) -> Memory {
-        Memory::new(self.regions()).unwrap()
+        Memory::new(self.regions(), None).unwrap()
     }
 
     /// One part alone.
