@@ -9,7 +9,7 @@ use block::{Errno, OpKind, Pool};
 use runtime::{Handle, RingFlags, Runtime, Uring};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::super::device::{Device, Settings};
+use super::super::device::{Device, Settings, Violation};
 use super::disk::{Handed, ModelDisk};
 use super::driver::{Driver, header};
 use super::ram::Ram;

@@ -90,7 +90,7 @@ fn memfd(len: u64) -> OwnedFd {
 fn regions_that_cannot_be_are_refused() {
     let map = |guest, len, user, offset| {
         let spec = RegionSpec { guest, len, user, offset };
-        Memory::new(vec![(spec, memfd(0x3000))]).err().map(|error| error.to_string())
+        Memory::new(vec![(spec, memfd(0x3000))], None).err().map(|error| error.to_string())
     };
     assert_eq!(map(0, 0x3000, USER, 0), None);
     assert_eq!(map(0, 0x1000, USER, 0x1234), None, "in the middle of a page");
@@ -115,7 +115,7 @@ fn a_region_starts_where_it_is_said_to_in_its_file() {
     let file = File::from(memfd(0x3000));
     std::os::unix::fs::FileExt::write_all_at(&file, b"here", 0x1234).unwrap();
     let spec = RegionSpec { guest: 0x5000, len: 0x100, user: USER, offset: 0x1234 };
-    let memory = Memory::new(vec![(spec, file.into())]).unwrap();
+    let memory = Memory::new(vec![(spec, file.into())], None).unwrap();
     assert_eq!(memory.buf(0x5000, 4).unwrap().to_vec(), b"here");
     assert!(memory.buf(0x5000, 0x101).is_err(), "no more than the region, though the page goes on");
 }
@@ -123,7 +123,8 @@ fn a_region_starts_where_it_is_said_to_in_its_file() {
 #[test]
 fn regions_do_not_overlap() {
     let spec = |guest, user| RegionSpec { guest, len: 0x1000, user, offset: 0 };
-    let two = |a, b| Memory::new(vec![(a, memfd(0x1000)), (b, memfd(0x1000))]).map(|memory| memory.count());
+    let two =
+        |a, b| Memory::new(vec![(a, memfd(0x1000)), (b, memfd(0x1000))], None).map(|memory| memory.count());
     assert_eq!(two(spec(0, USER), spec(0x1000, USER + 0x1000)), Ok(2));
     for other in [spec(0, USER + MIB), spec(0xfff, USER + MIB), spec(MIB, USER), spec(MIB, USER + 0xfff)] {
         assert!(matches!(two(spec(0, USER), other), Err(MapError::Overlap { .. })), "{other:?}");
@@ -160,7 +161,7 @@ fn a_region_is_unmapped_after_its_last_piece() {
     let fd = rustix::fs::memfd_create("unmapped-last", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, 0x2000).unwrap();
     let spec = RegionSpec { guest: 0, len: 0x2000, user: USER, offset: 0 };
-    let memory = Memory::new(vec![(spec, fd)]).unwrap();
+    let memory = Memory::new(vec![(spec, fd)], None).unwrap();
     let (buf, byte, words) = (memory.buf(0, 16).unwrap(), memory.byte(20), memory.words(USER, 8));
     assert_eq!(mapped("unmapped-last"), 1);
     drop(memory);

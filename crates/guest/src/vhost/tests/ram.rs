@@ -36,7 +36,7 @@ impl Ram {
 
     /// One part alone.
     pub(super) fn memory_of(&self, part: usize) -> Memory {
-        Memory::new(vec![self.regions().swap_remove(part)]).unwrap()
+        Memory::new(vec![self.regions().swap_remove(part)], None).unwrap()
     }
 
     /// The file behind a part.
