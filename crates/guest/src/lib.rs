@@ -2,9 +2,13 @@
 //! [`block::Request`]s and each answer into its own protocol's words.
 
 pub mod budget;
+mod complaints;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod listen;
 pub mod nbd;
+mod signal;
+pub mod vhost;
 
 use block::{Limits, Request};
 pub use disk::GiveUp;
