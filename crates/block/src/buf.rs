@@ -58,17 +58,18 @@ enum Segments {
 pub struct Buf {
     segments: Segments,
     len: usize,
-    registered: bool,
+    registered: Option<u16>,
     keep: Rc<dyn Any>,
 }
 
 impl Buf {
-    /// Describes memory that somebody else owns.
+    /// Describes memory that somebody else owns. `registered` is its number where the kernel was told of it (registered
+    /// buffers).
     ///
     /// # Safety
     /// The `len` bytes from `ptr` on are readable and writable for as long as `keep` lives, and nobody holds a
     /// Rust reference to them meanwhile. Others (a kernel, a guest) may write them at any time.
-    pub unsafe fn from_raw(ptr: NonNull<u8>, len: usize, registered: bool, keep: Rc<dyn Any>) -> Buf {
+    pub unsafe fn from_raw(ptr: NonNull<u8>, len: usize, registered: Option<u16>, keep: Rc<dyn Any>) -> Buf {
         Buf { segments: Segments::One(Segment { ptr, len }), len, registered, keep }
     }
 
@@ -91,7 +92,7 @@ impl Buf {
             segments.extend_from_slice(part.segments());
         }
         let len = parts.iter().map(Buf::len).sum();
-        let registered = false;
+        let registered = None;
         Buf { segments: Segments::Many(segments.into()), len, registered, keep: Rc::new(parts) }
     }
 
@@ -120,8 +121,8 @@ impl Buf {
         }
     }
 
-    /// Whether it is one segment within the memory registered with the kernel (see [`crate::Pool::arena`]).
-    pub fn is_registered(&self) -> bool {
+    /// The number of the memory registered with the kernel in which it is one segment, if it is.
+    pub fn registered(&self) -> Option<u16> {
         self.registered
     }
 
@@ -242,7 +243,7 @@ impl Buf {
 pub struct WeakBuf {
     segments: Segments,
     len: usize,
-    registered: bool,
+    registered: Option<u16>,
     keep: Weak<dyn Any>,
 }
 

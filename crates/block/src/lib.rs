@@ -8,7 +8,7 @@ pub mod pool;
 mod request;
 mod span;
 
-pub use buf::{Buf, WeakBuf};
+pub use buf::{Buf, Segment, WeakBuf};
 pub use errno::{Errno, Error};
 pub use pool::Pool;
 pub use request::{Answer, Op, OpKind, Payload, Reply, Request, Run, Ticket};

@@ -10,6 +10,8 @@ use crate::buf::Buf;
 
 /// Every block starts at a multiple of this many bytes, enough for O_DIRECT everywhere Linux runs.
 pub const ALIGN: usize = 4096;
+/// The number under which the arena is registered with the kernel, where it is.
+pub const ARENA: u16 = 0;
 /// Free blocks from outside the arena are kept up to this many bytes together.
 const KEPT_MAX: usize = 32 << 20;
 const CLASSES: usize = usize::BITS as usize;
@@ -42,7 +44,7 @@ pub(crate) fn zeroed(len: usize) -> Buf {
     let heap = Heap::new(len, ALIGN);
     let ptr = heap.ptr;
     // SAFETY: `heap` is the memory and lives in `keep`; it is initialised, and only its address is shared.
-    unsafe { Buf::from_raw(ptr, len, false, Rc::new(heap)) }
+    unsafe { Buf::from_raw(ptr, len, None, Rc::new(heap)) }
 }
 
 /// Where requests' memory comes from; a clone is the same pool. For one thread.
@@ -96,7 +98,7 @@ impl Pool {
     pub fn arena(&self) -> Buf {
         let Heap { ptr, layout } = self.0.arena;
         // SAFETY: the arena lives in the pool, which `keep` keeps.
-        unsafe { Buf::from_raw(ptr, layout.size(), true, Rc::new(self.clone())) }
+        unsafe { Buf::from_raw(ptr, layout.size(), Some(ARENA), Rc::new(self.clone())) }
     }
 
     /// How many bytes of memory a buffer of `len` bytes takes up: the next power of two, a page at least.
@@ -110,7 +112,10 @@ impl Pool {
         let class = size.trailing_zeros() as usize;
         let block = self.block(class, size);
         let ptr = block.ptr();
-        let registered = matches!(block, Block::Arena(_));
+        let registered = match block {
+            Block::Arena(_) => Some(ARENA),
+            Block::Own(_) => None,
+        };
         let used = Used { pool: self.clone(), class, block: Some(block) };
         // SAFETY: the block is `size >= len` bytes, handed out to nobody else until `used` is dropped.
         let buf = unsafe { Buf::from_raw(ptr, len, registered, Rc::new(used)) };
@@ -167,7 +172,7 @@ mod tests {
         let pool = Pool::new(64 << 10);
         let first = pool.take(5000);
         assert!(first.slice(0, 4096).is_aligned(ALIGN));
-        assert!(first.is_registered());
+        assert_eq!(first.registered(), Some(ARENA));
         let address = first.segments()[0].ptr();
         drop(first);
         assert_eq!(pool.take(8192).segments()[0].ptr(), address);
@@ -177,7 +182,7 @@ mod tests {
     fn a_full_arena_is_no_end() {
         let pool = Pool::new(8 << 10);
         let taken: Vec<Buf> = (0..8).map(|_| pool.take(4096)).collect();
-        assert_eq!(taken.iter().filter(|buf| buf.is_registered()).count(), 2);
+        assert_eq!(taken.iter().filter(|buf| buf.registered().is_some()).count(), 2);
         for (at, buf) in taken.iter().enumerate() {
             buf.fill(at as u8);
         }

@@ -1,4 +1,4 @@
-//! Runs tasks on one thread: what is ready, then what timers wake, then what the ring completes.
+//! Runs tasks on one thread: what is ready, then what timers wake, what the ring completes and what sources tell.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -18,8 +18,9 @@ use slab::Slab;
 
 use crate::clock::{Instant, Sleep, Timers};
 use crate::inbox::Inbox;
-use crate::ring::Ring;
-use crate::{Allocate, Completion, Engine, Fd, Io, Seek, Wait};
+use crate::ring::{NothingElse, Ring};
+use crate::source::{Source, Sources, Watch};
+use crate::{Allocate, Completion, Engine, Fd, Idle, Io, Seek, Wait};
 
 /// How many rounds of ready tasks run before the ring gets its turn, so that tasks which wake each other cannot
 /// keep completions out.
@@ -40,6 +41,7 @@ struct Inner {
     timers: Timers,
     timer_ids: Cell<u64>,
     ring: Ring,
+    sources: Rc<Sources>,
     /// The time when the ring last had its turn.
     now: Cell<Instant>,
     scope: RefCell<Option<Rc<dyn Any>>>,
@@ -59,6 +61,7 @@ impl Runtime {
             timer_ids: Cell::new(0),
             now: Cell::new(ring.now()),
             ring,
+            sources: Rc::default(),
             scope: RefCell::default(),
             pool,
             panics: Cell::new(0),
@@ -87,8 +90,10 @@ impl Runtime {
                 return value;
             }
             assert!(Rc::strong_count(&result) > 1, "the future given to block_on panicked");
-            let wait = if inner.ready.may_sleep() { Wait::Until(inner.timers.next()) } else { Wait::No };
-            inner.ring.turn(wait);
+            inner.sources.settle();
+            let busy = inner.sources.look() || !inner.ready.is_empty();
+            let wait = if busy { Wait::No } else { Wait::Until(inner.timers.next()) };
+            inner.ring.turn(wait, &**inner);
             inner.now.set(inner.ring.now());
             inner.timers.fire(inner.now.get());
         }
@@ -112,6 +117,17 @@ impl Inner {
     }
 }
 
+impl Idle for Inner {
+    fn has_news(&self) -> bool {
+        self.sources.look()
+    }
+
+    fn may_sleep(&self) -> bool {
+        // Tasks last: news that arming has found has made one ready.
+        !self.sources.arm() && self.ready.may_sleep()
+    }
+}
+
 impl Drop for Runtime {
     fn drop(&mut self) {
         let inner = &self.handle.0;
@@ -127,7 +143,7 @@ impl Drop for Runtime {
         }
         inner.ring.drain();
         // Lets go of the files too: the kernel takes its time to end a ring, and a lock would last as long.
-        inner.ring.turn(Wait::No);
+        inner.ring.turn(Wait::No, &NothingElse);
     }
 }
 
@@ -243,6 +259,21 @@ impl Handle {
     /// Sends all bytes through a socket, unless an error cuts that short.
     pub fn send(&self, fd: &Rc<Fd>, buf: &Buf) -> Completion {
         self.start(Io::Send { fd: fd.clone(), buf: buf.clone() }, None)
+    }
+
+    /// Waits until there is something to read.
+    pub fn readable(&self, fd: &Rc<Fd>) -> Completion {
+        self.start(Io::Poll { fd: fd.clone() }, None)
+    }
+
+    /// Adds 1 to an eventfd. Nobody hears how that went; it never holds up the thread, whatever the descriptor is.
+    pub fn signal(&self, fd: &Rc<Fd>) {
+        self.0.ring.start_alone(Io::Signal { fd: fd.clone() });
+    }
+
+    /// Looks after a source until the result is dropped.
+    pub fn watch(&self, source: Rc<dyn Source>) -> Watch {
+        self.0.sources.watch(source)
     }
 
     /// Accepts a connection on a listening socket.

@@ -52,6 +52,11 @@ impl<T> Inbox<T> {
         }
     }
 
+    /// Whether there is nothing in.
+    pub fn is_empty(&self) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).queue.is_empty()
+    }
+
     /// Whether the owner may sleep now: nothing is in. From then on whoever puts something in unparks it.
     pub fn may_sleep(&self) -> bool {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,12 +9,14 @@ mod inbox;
 mod join;
 mod mailbox;
 mod ring;
+mod source;
 
 pub use clock::{Instant, Sleep};
 pub use executor::{Handle, Runtime};
 pub use inbox::Inbox;
 pub use join::{BoxFuture, join_all};
 pub use mailbox::{Mailbox, Sender};
-pub use ring::engine::{Allocate, Engine, Io, Seek, Wait};
+pub use ring::engine::{Allocate, Engine, Idle, Io, Seek, Wait};
 pub use ring::uring::{OpenError, RingFlags, Uring};
-pub use ring::{Completion, Fd};
+pub use ring::{Completion, Fd, RegisteredMemory};
+pub use source::{Source, Watch};

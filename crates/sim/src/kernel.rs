@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use block::{Errno, Span, WeakBuf};
-use runtime::{Allocate, Engine, Fd, Instant, Io, Seek, Wait};
+use block::{Errno, Segment, Span, WeakBuf};
+use runtime::{Allocate, Engine, Fd, Idle, Instant, Io, Seek, Wait};
 
 use crate::dice::Dice;
 use crate::fault::{Action, Rule};
@@ -317,7 +317,11 @@ impl Kernel {
             Io::Seek { at, what: Seek::Hole, .. } => (Kind::SeekHole, (*at, 0), None),
             Io::Seek { at, what: Seek::End, .. } => (Kind::SeekEnd, (*at, 0), None),
             Io::WillNeed { span, .. } => (Kind::WillNeed, span_of(*span), None),
-            Io::Receive { .. } | Io::Send { .. } | Io::Accept { .. } => (Kind::Other, (0, 0), None),
+            Io::Receive { .. }
+            | Io::Send { .. }
+            | Io::Accept { .. }
+            | Io::Poll { .. }
+            | Io::Signal { .. } => (Kind::Other, (0, 0), None),
         };
         let handle = io.fd().simulated_number().expect("a simulated file") as usize;
         let Opened { file, align, memory_align } = self.opened[handle];
@@ -642,6 +646,13 @@ impl Engine for SimEngine {
 
     fn forget_file(&mut self, _index: u32) {}
 
+    #[allow(unsafe_code)] // nothing is registered
+    unsafe fn register_memory(&mut self, _memory: Segment) -> Result<u16, Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    fn forget_memory(&mut self, _index: u16) {}
+
     #[allow(unsafe_code)] // the promise is kept by the caller; here it is checked, not relied on
     unsafe fn submit(&mut self, io: &Io, token: usize) {
         self.0.borrow_mut().submit(io, token);
@@ -649,7 +660,7 @@ impl Engine for SimEngine {
 
     fn cancel(&mut self, _token: usize) {}
 
-    fn turn(&mut self, wait: Wait, done: &mut Vec<(usize, i64)>) {
+    fn turn(&mut self, wait: Wait, _idle: &dyn Idle, done: &mut Vec<(usize, i64)>) {
         self.0.borrow_mut().turn(wait, done);
     }
 

@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{Buf, Span};
+use block::{Buf, Errno, Segment, Span};
 
 use super::Fd;
 use crate::Instant;
@@ -79,6 +79,16 @@ pub enum Io {
         /// On which listening socket.
         fd: Rc<Fd>,
     },
+    /// poll(2) for POLLIN, once: completes when there is something to read.
+    Poll {
+        /// From what.
+        fd: Rc<Fd>,
+    },
+    /// write(2) of a 1 to an eventfd(2).
+    Signal {
+        /// Which one.
+        fd: Rc<Fd>,
+    },
 }
 
 impl Io {
@@ -93,14 +103,20 @@ impl Io {
             | Io::WillNeed { fd, .. }
             | Io::Receive { fd, .. }
             | Io::Send { fd, .. }
-            | Io::Accept { fd } => fd,
+            | Io::Accept { fd }
+            | Io::Poll { fd }
+            | Io::Signal { fd } => fd,
         }
     }
 
     /// Whether it may wait for somebody else for ever, so that it is cancelled when nobody wants it any more.
     pub(crate) fn waits_for_a_peer(&self) -> bool {
         match self {
-            Io::Receive { .. } | Io::Send { .. } | Io::Accept { .. } => true,
+            Io::Receive { .. }
+            | Io::Send { .. }
+            | Io::Accept { .. }
+            | Io::Poll { .. }
+            | Io::Signal { .. } => true,
             Io::Read { .. }
             | Io::Write { .. }
             | Io::Sync { .. }
@@ -148,6 +164,16 @@ pub enum Wait {
     Until(Option<Instant>),
 }
 
+/// What an engine asks the executor while it waits. Neither answer starts I/O.
+pub trait Idle {
+    /// Whether something besides completions wants the thread. Called often while the engine looks before it sleeps.
+    fn has_news(&self) -> bool;
+
+    /// Called last before a sleep: whether there is still nothing to do. From then on whatever comes ends the sleep, by
+    /// an unpark or by a completion.
+    fn may_sleep(&self) -> bool;
+}
+
 /// Does I/O for one thread.
 ///
 /// Results are as the kernel gives them: negative for an errno, else a count, an offset or a descriptor.
@@ -157,6 +183,20 @@ pub trait Engine {
 
     /// Forgets a registered file; I/O on it that is in flight goes on.
     fn forget_file(&mut self, index: u32);
+
+    /// Makes memory known, so that I/O on it costs less; the number goes into [`block::Buf::from_raw`].
+    ///
+    /// # Errors
+    /// ENOMEM where the limit on locked memory forbids it, EOPNOTSUPP where the kernel cannot do it, ENOSPC where there
+    /// is no number left.
+    ///
+    /// # Safety
+    /// The memory stays until it is forgotten.
+    #[allow(unsafe_code)] // a promise asked of the caller, no code
+    unsafe fn register_memory(&mut self, memory: Segment) -> Result<u16, Errno>;
+
+    /// Forgets registered memory; no I/O on it is in flight.
+    fn forget_memory(&mut self, index: u16);
 
     /// Takes `io` to be done; its completion carries `token`. Never fails: what cannot be submitted yet waits.
     ///
@@ -169,7 +209,7 @@ pub trait Engine {
     fn cancel(&mut self, token: usize);
 
     /// Submits what waits, perhaps waits, and adds what has completed to `done`, as (token, result).
-    fn turn(&mut self, wait: Wait, done: &mut Vec<(usize, i64)>);
+    fn turn(&mut self, wait: Wait, idle: &dyn Idle, done: &mut Vec<(usize, i64)>);
 
     /// The time now.
     fn now(&self) -> Instant;

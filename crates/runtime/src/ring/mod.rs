@@ -13,10 +13,10 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-use block::Errno;
+use block::{Errno, Segment};
 use slab::Slab;
 
-use crate::{Engine, Handle, Instant, Io, Wait};
+use crate::{Engine, Handle, Idle, Instant, Io, Wait};
 
 /// An open file that a ring may know by number; closed when the last user is gone, I/O in flight included.
 pub struct Fd {
@@ -78,6 +78,27 @@ impl Drop for Fd {
     }
 }
 
+/// Memory that the kernel was told of, so that I/O on it costs less. Dropped when no I/O on it is in flight any more.
+#[derive(Debug)]
+pub struct RegisteredMemory {
+    index: u16,
+    retired: Rc<RefCell<Vec<u16>>>,
+}
+
+impl RegisteredMemory {
+    /// The number that goes into [`block::Buf::from_raw`].
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+}
+
+impl Drop for RegisteredMemory {
+    fn drop(&mut self) {
+        // Not at once, for the same reason as with files. The kernel holds pins of its own meanwhile.
+        self.retired.borrow_mut().push(self.index);
+    }
+}
+
 /// What one operation in flight holds on to.
 struct Slot {
     io: Io,
@@ -102,6 +123,7 @@ pub(crate) struct Ring {
     engine: RefCell<Box<dyn Engine>>,
     slots: RefCell<Slab<Slot>>,
     retired: Rc<RefCell<Vec<u32>>>,
+    retired_memory: Rc<RefCell<Vec<u16>>>,
     done: RefCell<Vec<(usize, i64)>>,
 }
 
@@ -111,6 +133,7 @@ impl Ring {
             engine: RefCell::new(engine),
             slots: RefCell::default(),
             retired: Rc::default(),
+            retired_memory: Rc::default(),
             done: RefCell::default(),
         }
     }
@@ -122,6 +145,25 @@ impl Ring {
 
     pub(crate) fn now(&self) -> Instant {
         self.engine.borrow().now()
+    }
+
+    /// Makes memory known to the kernel, until the registration is dropped.
+    ///
+    /// # Safety
+    /// The memory stays until then.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn register_memory(&self, memory: Segment) -> Result<RegisteredMemory, Errno> {
+        let mut engine = self.engine.borrow_mut();
+        self.forget_memory(&mut **engine);
+        // SAFETY: as promised by the caller.
+        let index = unsafe { engine.register_memory(memory) }?;
+        Ok(RegisteredMemory { index, retired: self.retired_memory.clone() })
+    }
+
+    /// Starts an operation that nobody waits for; it is not cancelled either.
+    pub(crate) fn start_alone(&self, io: Io) {
+        let token = self.submit(io, None, None);
+        self.slots.borrow_mut()[token].state = State::Abandoned;
     }
 
     fn submit(&self, io: Io, scope: Option<Rc<dyn Any>>, keep: Option<Rc<dyn Any>>) -> usize {
@@ -141,15 +183,22 @@ impl Ring {
         unsafe { self.engine.borrow_mut().submit(io, token) }
     }
 
+    fn forget_memory(&self, engine: &mut dyn Engine) {
+        for index in self.retired_memory.borrow_mut().drain(..) {
+            engine.forget_memory(index);
+        }
+    }
+
     /// Lets the engine take a turn and hands out what has completed.
-    pub(crate) fn turn(&self, wait: Wait) {
+    pub(crate) fn turn(&self, wait: Wait, idle: &dyn Idle) {
         let mut done = std::mem::take(&mut *self.done.borrow_mut());
         {
             let mut engine = self.engine.borrow_mut();
             for index in self.retired.borrow_mut().drain(..) {
                 engine.forget_file(index);
             }
-            engine.turn(wait, &mut done);
+            self.forget_memory(&mut **engine);
+            engine.turn(wait, idle, &mut done);
         }
         for (token, result) in done.drain(..) {
             self.finish(token, result);
@@ -195,8 +244,37 @@ impl Ring {
             self.engine.borrow_mut().cancel(token);
         }
         while self.in_flight() > 0 {
-            self.turn(Wait::Until(None));
+            self.turn(Wait::Until(None), &NothingElse);
         }
+    }
+}
+
+impl Handle {
+    /// Makes memory known to the kernel, so that I/O on it costs less: it is pinned until the result is dropped.
+    ///
+    /// # Errors
+    /// ENOMEM where the limit on locked memory forbids it, EOPNOTSUPP or EINVAL where the kernel cannot do it or not
+    /// for as much (1 GiB at a time), ENOSPC where too much is registered already.
+    ///
+    /// # Safety
+    /// The memory stays until the result is dropped.
+    #[allow(unsafe_code)] // passes the promise on
+    pub unsafe fn register_memory(&self, memory: Segment) -> Result<RegisteredMemory, Errno> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.ring().register_memory(memory) }
+    }
+}
+
+/// For who waits for completions and nothing else.
+pub(crate) struct NothingElse;
+
+impl Idle for NothingElse {
+    fn has_news(&self) -> bool {
+        false
+    }
+
+    fn may_sleep(&self) -> bool {
+        true
     }
 }
 

@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use block::{Buf, Errno, Pool};
+use block::pool::ARENA;
+use block::{Buf, Errno, Pool, Segment};
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rustix::event::EventfdFlags;
 
-use super::engine::{Engine, Io, Seek, Wait};
+use super::engine::{Engine, Idle, Io, Seek, Wait};
 use super::spin::Spin;
 use crate::Instant;
 
@@ -21,6 +22,10 @@ const ENTRIES: u32 = 256;
 const COMPLETIONS: u32 = 4096;
 /// Files that can be registered; more are used by their descriptor.
 const FILES: usize = 1024;
+/// Pieces of memory that can be registered, the pool's arena being the first.
+const MEMORIES: u16 = 1024;
+/// What an eventfd is told.
+static ONE: u64 = 1;
 /// Completions of our own, which no slot waits for.
 const UNPARKED: u64 = u64::MAX;
 const CANCELLED: u64 = u64::MAX - 1;
@@ -95,8 +100,7 @@ pub struct Uring {
     bell: Arc<Bell>,
     helper: Option<Helper>,
     spin: Spin,
-    /// Keeps the registered memory.
-    arena: Option<Buf>,
+    memory: Memory,
     start: std::time::Instant,
 }
 
@@ -121,6 +125,14 @@ impl Bell {
             debug_assert_eq!(errno, rustix::io::Errno::AGAIN);
         }
     }
+}
+
+/// The memory that the kernel was told of.
+struct Memory {
+    /// Keeps the pool's arena, number 0, if it is registered.
+    arena: Option<Buf>,
+    /// The other numbers that can be had: none on kernels before 5.19.
+    free: Vec<u16>,
 }
 
 /// Which numbers of registered files are in use.
@@ -166,8 +178,8 @@ impl Uring {
         };
         check(&ring)?;
         let registered = ring.submitter().register_files(&[-1; FILES]).is_ok();
-        let arena = register_arena(&ring, pool);
-        tracing::debug!(?flags, files = registered, memory = arena.is_some(), "io_uring is set up");
+        let memory = register_arena(&ring, pool);
+        tracing::debug!(?flags, files = registered, memory = memory.arena.is_some(), "io_uring is set up");
         let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| OpenError::Other(Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO)))?;
         let mut uring = Uring {
@@ -178,7 +190,7 @@ impl Uring {
             bell: Arc::new(Bell { eventfd, results: Mutex::default() }),
             helper: None,
             spin: Spin::up_to(Duration::MAX),
-            arena,
+            memory,
             start: std::time::Instant::now(),
         };
         uring.listen_for_the_bell();
@@ -245,8 +257,8 @@ impl Uring {
         }
     }
 
-    /// Submits, then waits for a completion: looking for one first, if that has been of use lately.
-    fn wait(&mut self, deadline: Option<Instant>) {
+    /// Submits, then waits for a completion or for news: looking for them first, if that has been of use lately.
+    fn wait(&mut self, deadline: Option<Instant>, idle: &dyn Idle) {
         // What has completed already needs no waiting for, but what was queued must go out.
         if !self.ring.completion().is_empty() || !self.backlog.is_empty() {
             return self.enter(0, None);
@@ -260,7 +272,7 @@ impl Uring {
             self.enter(0, None);
             loop {
                 for _ in 0..8 {
-                    if self.has_news() {
+                    if self.has_news() || idle.has_news() {
                         return self.enter(0, None);
                     }
                     std::hint::spin_loop();
@@ -269,6 +281,9 @@ impl Uring {
                     break;
                 }
             }
+        }
+        if !idle.may_sleep() {
+            return self.enter(0, None);
         }
         self.enter(1, deadline);
         self.spin.slept(begun.elapsed());
@@ -323,17 +338,17 @@ impl Uring {
     fn entry_on(&mut self, io: &Io, token: usize, fd: types::Fd) -> squeue::Entry {
         match io {
             Io::Read { at, buf, .. } => match one(buf) {
-                Some((ptr, len)) if buf.is_registered() && self.arena.is_some() => {
-                    opcode::ReadFixed::new(fd, ptr, len, 0).offset(*at).build()
+                Some((ptr, len, Some(memory))) if self.memory.has(memory) => {
+                    opcode::ReadFixed::new(fd, ptr, len, memory).offset(*at).build()
                 }
-                Some((ptr, len)) => opcode::Read::new(fd, ptr, len).offset(*at).build(),
+                Some((ptr, len, _)) => opcode::Read::new(fd, ptr, len).offset(*at).build(),
                 None => opcode::Readv::new(fd, vector(buf), buf.segments().len() as u32).offset(*at).build(),
             },
             Io::Write { at, buf, .. } => match one(buf) {
-                Some((ptr, len)) if buf.is_registered() && self.arena.is_some() => {
-                    opcode::WriteFixed::new(fd, ptr, len, 0).offset(*at).build()
+                Some((ptr, len, Some(memory))) if self.memory.has(memory) => {
+                    opcode::WriteFixed::new(fd, ptr, len, memory).offset(*at).build()
                 }
-                Some((ptr, len)) => opcode::Write::new(fd, ptr, len).offset(*at).build(),
+                Some((ptr, len, _)) => opcode::Write::new(fd, ptr, len).offset(*at).build(),
                 None => opcode::Writev::new(fd, vector(buf), buf.segments().len() as u32).offset(*at).build(),
             },
             Io::Sync { .. } => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
@@ -345,28 +360,38 @@ impl Uring {
                 opcode::Fadvise::new(fd, len, libc::POSIX_FADV_WILLNEED).offset(span.at()).build()
             }
             Io::Receive { buf, .. } => match one(buf) {
-                Some((ptr, len)) => opcode::Recv::new(fd, ptr, len).build(),
+                Some((ptr, len, _)) => opcode::Recv::new(fd, ptr, len).build(),
                 None => opcode::RecvMsg::new(fd, self.header(buf, token)).build(),
             },
             Io::Send { buf, .. } => {
                 let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
                 match one(buf) {
-                    Some((ptr, len)) => opcode::Send::new(fd, ptr, len).flags(flags).build(),
+                    Some((ptr, len, _)) => opcode::Send::new(fd, ptr, len).flags(flags).build(),
                     None => opcode::SendMsg::new(fd, self.header(buf, token)).flags(flags as u32).build(),
                 }
             }
             Io::Accept { .. } => opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
                 .flags(libc::SOCK_CLOEXEC)
                 .build(),
+            Io::Poll { .. } => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
+            // Through the ring and not by write(2): that would block this thread where a peer fills a blocking eventfd.
+            Io::Signal { .. } => opcode::Write::new(fd, (&raw const ONE).cast(), 8).build(),
             Io::Seek { .. } => opcode::Nop::new().build(), // the helper's, see `submit`
         }
     }
 }
 
-/// The one segment of a buffer that has one, if its length fits the kernel's 32 bits.
-fn one(buf: &Buf) -> Option<(*mut u8, u32)> {
+impl Memory {
+    fn has(&self, index: u16) -> bool {
+        index != ARENA || self.arena.is_some()
+    }
+}
+
+/// The one segment of a buffer that has one, if its length fits the kernel's 32 bits, and the number of the registered
+/// memory that it lies in.
+fn one(buf: &Buf) -> Option<(*mut u8, u32, Option<u16>)> {
     match buf.segments() {
-        [segment] => Some((segment.ptr(), u32::try_from(segment.len()).ok()?)),
+        [segment] => Some((segment.ptr(), u32::try_from(segment.len()).ok()?, buf.registered())),
         _ => None,
     }
 }
@@ -411,19 +436,29 @@ fn check(ring: &IoUring) -> Result<(), OpenError> {
 }
 
 /// Registers the arena with the kernel, if that allows it: it saves pinning pages for each request.
-fn register_arena(ring: &IoUring, pool: &Pool) -> Option<Buf> {
+fn register_arena(ring: &IoUring, pool: &Pool) -> Memory {
     let arena = pool.arena();
-    let &[segment] = arena.segments() else { return None };
-    let vector = libc::iovec { iov_base: segment.ptr().cast(), iov_len: segment.len() };
+    let &[segment] = arena.segments() else { return Memory { arena: None, free: Vec::new() } };
+    let submitter = ring.submitter();
+    let has_table = submitter.register_buffers_sparse(MEMORIES.into()).is_ok(); // Linux 5.19
     // SAFETY: the arena is one allocation that lives as long as `arena`, which `Uring` keeps beside the ring; the
     // ring's field comes first, so it is closed first, and the kernel holds pins on the pages of its own.
-    match unsafe { ring.submitter().register_buffers(&[vector]) } {
-        Ok(()) => Some(arena),
-        Err(error) => {
-            tracing::debug!(%error, "memory is not registered with io_uring: a little slower");
-            None
+    let result = unsafe {
+        if has_table {
+            submitter.register_buffers_update(ARENA.into(), &[vector_of(segment)], None).map(|_| ())
+        } else {
+            submitter.register_buffers(&[vector_of(segment)])
         }
+    };
+    if let Err(error) = &result {
+        tracing::debug!(%error, "memory is not registered with io_uring: a little slower");
     }
+    let free = if has_table { (ARENA + 1..MEMORIES).rev().collect() } else { Vec::new() };
+    Memory { arena: result.is_ok().then_some(arena), free }
+}
+
+fn vector_of(segment: Segment) -> libc::iovec {
+    libc::iovec { iov_base: segment.ptr().cast(), iov_len: segment.len() }
 }
 
 impl Engine for Uring {
@@ -449,6 +484,30 @@ impl Engine for Uring {
         }
     }
 
+    unsafe fn register_memory(&mut self, memory: Segment) -> Result<u16, Errno> {
+        let index = self.memory.free.pop().ok_or(Errno::ENOSPC)?;
+        // SAFETY: the caller keeps the memory until it is forgotten; the kernel holds pins on the pages of its own.
+        let result = unsafe {
+            self.ring.submitter().register_buffers_update(index.into(), &[vector_of(memory)], None)
+        };
+        match result {
+            Ok(_) => Ok(index),
+            Err(error) => {
+                self.memory.free.push(index);
+                Err(Errno::from_std(&error))
+            }
+        }
+    }
+
+    fn forget_memory(&mut self, index: u16) {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: an empty entry names no memory.
+        match unsafe { self.ring.submitter().register_buffers_update(index.into(), &[nothing], None) } {
+            Ok(_) => self.memory.free.push(index),
+            Err(error) => tracing::warn!(%error, index, "io_uring keeps memory that is no longer used"),
+        }
+    }
+
     unsafe fn submit(&mut self, io: &Io, token: usize) {
         if let Io::Seek { fd, at, what } = io {
             let bell = self.bell.clone();
@@ -465,11 +524,11 @@ impl Engine for Uring {
         self.push(opcode::AsyncCancel::new(token as u64).build().user_data(CANCELLED));
     }
 
-    fn turn(&mut self, wait: Wait, done: &mut Vec<(usize, i64)>) {
+    fn turn(&mut self, wait: Wait, idle: &dyn Idle, done: &mut Vec<(usize, i64)>) {
         self.push_backlog();
         match wait {
             Wait::No => self.enter(0, None),
-            Wait::Until(deadline) => self.wait(deadline),
+            Wait::Until(deadline) => self.wait(deadline, idle),
         }
         self.reap(done);
     }
