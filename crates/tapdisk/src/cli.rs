@@ -121,6 +121,14 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "RULE", value_parser = Rule::from_str)]
     pub(crate) fault: Vec<Rule>,
 
+    /// Where to record that a sync has failed, for the process that serves the image after a crash of this one
+    /// [default: /run/tapdisk for root, else $XDG_RUNTIME_DIR/tapdisk]
+    ///
+    /// Linux tells of lost data once. An image of which a sync has failed takes no write or flush any more until
+    /// tapdisk is told to stop (Ctrl-C, SIGTERM) and started anew; that it died in between changes nothing.
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
+    pub(crate) state_dir: Option<PathBuf>,
+
     /// How much memory the data of all clients' requests may take up together
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = memory)]
     pub(crate) memory: u64,

@@ -15,11 +15,11 @@ use image::{Chain, Raw};
 use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle as SignalHandle, Signals};
-use storage::file::{self, File, OpenError, Opened, Options};
+use storage::file::{self, File, OpenError, Opened, Options, Record};
 use storage::{Null, Ram, Storage};
 
 use crate::cli::{Cache, Image, Ring, Serve};
-use crate::{logging, size};
+use crate::{logging, size, state};
 
 /// Memory for requests that the kernel is told of once (registered buffers).
 const ARENA: usize = 16 << 20;
@@ -126,7 +126,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         sockets: front_doors.iter().map(ToString::to_string).collect(),
     };
     let export = arguments.export.clone();
-    let (disk, how) = (Disk::new(&handle, chain, config), contents.how);
+    let (disk, how, record) = (Disk::new(&handle, chain, config), contents.how, contents.record);
     runtime.block_on(async move {
         let exports = Exports::one(&export, disk.name(), Rc::new(disk.clone()))?;
         let server = Server::new(handle.clone(), exports, settings);
@@ -144,6 +144,8 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         server.drain().await;
         let flushed = disk.close().await;
         disk.log_state();
+        // Whoever told it to stop learns from its end what is lost, and starts it anew knowing that.
+        record.iter().for_each(Record::forget);
         flushed.context("data that clients were told is written may be lost")
     })
 }
@@ -162,17 +164,19 @@ struct Contents {
     storage: Rc<dyn Storage>,
     /// How it is used, in words.
     how: String,
+    /// Where a failed sync is recorded.
+    record: Option<Record>,
 }
 
 fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
     let path = match &arguments.image {
         Image::Null(bytes) => {
             let how = "nothing behind it: reads give zeroes, writes are forgotten".into();
-            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), how });
+            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), how, record: None });
         }
         Image::Ram(bytes) => {
             let how = "in memory: lost when tapdisk ends".into();
-            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), how });
+            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), how, record: None });
         }
         Image::Path(path) => path,
     };
@@ -180,16 +184,26 @@ fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
         Cache::Direct => file::Cache::Direct,
         Cache::Buffered => file::Cache::Buffered,
     };
+    let records = if arguments.read_only { None } else { state::records(arguments.state_dir.as_ref())? };
     let options =
-        Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT };
+        Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT, records };
     let opened = file::open(path, &options)?;
     let handle = runtime.handle().clone();
     let opened = runtime.block_on(async move {
         file::check_short_transfers(&handle, &opened).await?;
         Ok::<_, OpenError>(opened)
     })?;
-    let how = describe(&opened, arguments);
-    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), how })
+    let (how, record) = (describe(&opened, arguments), opened.record.clone());
+    if let (Some(error), Some(record)) = (&opened.poison, &record) {
+        let (image, record) = (path.display(), record.path());
+        let record = record.display();
+        tracing::error!(
+            %image, %error, %record,
+            "a sync of this image failed before, and whoever served it then did not end in order: flushes and writes \
+             fail until tapdisk is told to stop (Ctrl-C, SIGTERM) and started anew"
+        );
+    }
+    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), how, record })
 }
 
 fn describe(opened: &Opened, arguments: &Serve) -> String {
@@ -246,6 +260,12 @@ fn announce(disk: &Disk, how: &str, places: &Places) {
     }
     if !disk.size().is_multiple_of(512) {
         text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");
+    }
+    if let Some(error) = disk.poison() {
+        text.push_str(&format!(
+            "\nPOISONED: {error}.\n    What was written before may be lost. Flushes and writes fail until tapdisk is \
+             stopped in order (Ctrl-C)\n    and started anew; look at the data first."
+        ));
     }
     text.push_str("\nCtrl-C ends it.");
     // Nobody may be reading, and that is no reason not to serve.

@@ -1,6 +1,8 @@
 //! Receives a client's requests and hands them to the disk, from its last option to its end.
 
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 use block::{Buf, Pool};
 
@@ -75,10 +77,19 @@ pub(crate) async fn transmit(
     drop(received);
     let end = peer
         .until_told(async {
-            match receive_requests(connection, style, allocation, &mut stream).await {
-                Ok(never) => match never {},
-                Err(end) => end,
-            }
+            let mut giving_up = pin!(give_up_when_alone(connection));
+            let mut receiving = pin!(receive_requests(connection, style, allocation, &mut stream));
+            std::future::poll_fn(|cx| {
+                if let Poll::Ready(never) = giving_up.as_mut().poll(cx) {
+                    match never {}
+                }
+                match receiving.as_mut().poll(cx) {
+                    Poll::Ready(Ok(never)) => match never {},
+                    Poll::Ready(Err(end)) => Poll::Ready(end),
+                    Poll::Pending => Poll::Pending,
+                }
+            })
+            .await
         })
         .await;
     peer.is_receiving.set(false);
@@ -112,6 +123,15 @@ pub(crate) async fn transmit(
 async fn linger(stream: &mut Stream) {
     if let Err(end) = stream.skip(u64::MAX).await {
         tracing::trace!(%end, "heard out");
+    }
+}
+
+/// Ends what is held for a client that sends nothing more. Whoever receives from it may not get to see that: it waits
+/// for room or memory, which those requests have.
+async fn give_up_when_alone(connection: &Connection) -> std::convert::Infallible {
+    loop {
+        connection.peer().hung_up().await;
+        connection.give_up().await;
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod lock;
 mod open;
+mod record;
 mod sync;
 mod transfer;
 mod trust;
@@ -21,6 +22,7 @@ use runtime::{Allocate, Fd, Handle, Seek};
 use crate::permits::Permits;
 use crate::{Access, Io, RangeLocks, Storage, Zeroing};
 pub use open::{Cache, OpenError, Opened, Options, open};
+pub use record::{Record, Records};
 use sync::Sync;
 use transfer::{Direction, transfer};
 pub use trust::check_short_transfers;
@@ -91,7 +93,9 @@ impl File {
             direct: opened.direct,
             read_only: opened.read_only,
         };
-        File::from_parts(handle, parts)
+        let mut file = File::from_parts(handle, parts);
+        file.sync = Sync::new(opened.record, opened.poison);
+        file
     }
 
     /// Puts a file together.

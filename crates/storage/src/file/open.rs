@@ -6,9 +6,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use block::Error;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
-use super::lock;
+use super::{Record, Records, lock};
 
 /// How the host's page cache is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -31,11 +32,15 @@ pub struct Options {
     pub create: Option<u64>,
     /// How long to wait for another process to let go of the file.
     pub wait: Duration,
+    /// Where it is kept which files are poisoned; without it a crash of the process is forgetful. It has no say where
+    /// writes are refused.
+    pub records: Option<Records>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { read_only: false, cache: Cache::Direct, create: None, wait: Duration::from_secs(30) }
+        let wait = Duration::from_secs(30);
+        Options { read_only: false, cache: Cache::Direct, create: None, wait, records: None }
     }
 }
 
@@ -113,6 +118,10 @@ pub struct Opened {
     pub direct: bool,
     /// Why O_DIRECT is not in force although it was asked for.
     pub not_direct: Option<String>,
+    /// Where a failed sync is recorded.
+    pub record: Option<Record>,
+    /// The error of a sync that failed in a process before this one.
+    pub poison: Option<Error>,
 }
 
 /// Opens `path`; waits for a lock that another process holds, saying so.
@@ -159,6 +168,8 @@ fn try_open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
         memory_align: 1,
         direct,
         not_direct: None,
+        record: None,
+        poison: None,
     };
     if direct {
         match alignment(&opened) {
@@ -180,6 +191,14 @@ fn try_open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
         let same = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
         let tail = std::fs::File::options().read(true).write(!options.read_only).open(same);
         opened.tail = Some(tail.map_err(system("open its end without O_DIRECT"))?);
+    }
+    if let Some(records) = options.records.as_ref().filter(|_| !options.read_only) {
+        let record = records.of(&opened.file, path).map_err(system("find out its identity"))?;
+        if opened.created {
+            record.forget(); // of a file that was there before
+        }
+        opened.poison = record.restore();
+        opened.record = Some(record);
     }
     Ok(opened)
 }
