@@ -176,6 +176,22 @@ fn a_region_is_unmapped_after_its_last_piece() {
 }
 
 #[test]
+fn nobody_may_touch_what_lies_around_a_region() {
+    let fd = rustix::fs::memfd_create("with-guards", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 0x3000).unwrap();
+    let spec = RegionSpec { guest: 0, len: 0x1000, user: USER, offset: 0x1000 };
+    let memory = Memory::new(vec![(spec, fd)], None).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let lines: Vec<Vec<&str>> = maps.lines().map(|line| line.split([' ', '-']).collect()).collect();
+    let nth = maps.lines().position(|line| line.contains("with-guards")).unwrap();
+    let (before, region, behind) = (&lines[nth - 1], &lines[nth], &lines[nth + 1]);
+    assert_eq!((before[1], region[1]), (region[0], behind[0]), "side by side");
+    assert!(maps.lines().nth(nth - 1).unwrap().contains(" ---p "), "{before:?}");
+    assert!(maps.lines().nth(nth + 1).unwrap().contains(" ---p "), "{behind:?}");
+    drop(memory);
+}
+
+#[test]
 fn a_file_that_is_cut_short_does_no_harm() {
     let ram = Ram::new(&[(0, 0x4000), (0x4000, 0x4000)]);
     let memory = ram.memory();
