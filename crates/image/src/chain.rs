@@ -200,6 +200,10 @@ impl Storage for Chain {
         })
     }
 
+    fn grow(&self) -> Io<'_, u64> {
+        self.top.grow()
+    }
+
     fn poison(&self) -> Option<Error> {
         self.top.storage().poison()
     }
@@ -293,6 +297,10 @@ mod tests {
 
         fn flush(&self) -> Io<'_> {
             self.storage.flush()
+        }
+
+        fn grow(&self) -> Io<'_, u64> {
+            Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "grow a toy"))))
         }
     }
 
