@@ -107,6 +107,14 @@ impl Mapping {
         Ok(Rc::new(mapping))
     }
 
+    /// A mapping that nobody watches over, as the process may have others: a test shows what becomes of these.
+    #[cfg(test)]
+    pub(super) fn new_unwatched(fd: &OwnedFd, len: u64) -> Rc<Mapping> {
+        let mut mapping = Rc::into_inner(Mapping::new(fd.as_fd(), 0, len).expect("a file of that length"));
+        mapping.iter_mut().for_each(|mapping| mapping.watched = None);
+        Rc::new(mapping.expect("nobody else has it yet"))
+    }
+
     /// Bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
