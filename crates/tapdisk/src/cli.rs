@@ -39,7 +39,9 @@ pub(crate) enum Command {
 ///
 /// The image is opened for this process alone and served to any number of clients. Ctrl-C or SIGTERM ends that in
 /// order: requests are answered, data is flushed, and the exit status is 0 only if that worked. A second signal ends
-/// it at once. SIGUSR1 logs counts, held requests and whether a sync has failed.
+/// it at once. SIGUSR1 logs counts, held requests and whether a sync has failed. SIGHUP takes in what was added at the
+/// end of the image (truncate, lvextend): guests are told if their interface can tell them; NBD clients see it when they
+/// connect anew.
 #[derive(Args, Debug)]
 #[command(after_long_help = EXAMPLES)]
 pub(crate) struct Serve {

@@ -13,7 +13,7 @@ use guest::nbd::{Exports, Server, Settings};
 use guest::vhost;
 use image::{Chain, Raw};
 use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle as SignalHandle, Signals};
 use storage::file::{self, File, OpenError, Opened, Options, Record};
 use storage::{Null, Ram, Storage};
@@ -30,6 +30,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(30);
 enum Message {
     Stop,
     LogState,
+    Grow,
 }
 
 /// Serves until told to stop.
@@ -38,7 +39,7 @@ pub(crate) fn run(arguments: &Serve) -> anyhow::Result<()> {
     raise_file_limit();
     // SIGXFSZ kills by default; caught, writes beyond the limit fail with EFBIG and are answered.
     let mut signals =
-        Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGXFSZ]).context("signals cannot be waited for")?;
+        Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGXFSZ]).context("signals cannot be waited for")?;
     let ended = signals.handle();
     let mailbox = Mailbox::default();
     let messages = mailbox.sender();
@@ -69,6 +70,7 @@ fn pass_on_signals(signals: &mut Signals, messages: &Sender<Message>) {
     for signal in signals.forever() {
         match signal {
             SIGUSR1 => messages.send(Message::LogState),
+            SIGHUP => messages.send(Message::Grow),
             SIGINT | SIGTERM if stopping => {
                 eprintln!("tapdisk: told to stop a second time: ends at once, without a flush");
                 std::process::exit(128 + signal);
@@ -134,8 +136,13 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         let guests = vhost::Server::new(handle, Rc::new(disk.clone()), front_settings);
         front_doors.into_iter().for_each(|listener| guests.listen(listener));
         announce(&disk, &how, &places);
-        while let Message::LogState = mailbox.receive().await {
-            disk.log_state();
+        loop {
+            match mailbox.receive().await {
+                Message::LogState => disk.log_state(),
+                // A task of its own: storage that hangs must not keep the order to stop from being heard.
+                Message::Grow => disk.handle().spawn(grow(disk.clone())),
+                Message::Stop => break,
+            }
         }
         tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
         // Guests first: what is held for one stays with it for whoever serves it next.
@@ -148,6 +155,19 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         record.iter().for_each(Record::forget);
         flushed.context("data that clients were told is written may be lost")
     })
+}
+
+/// Takes in what was added to the image, and logs what came of it.
+async fn grow(disk: Disk) {
+    let old = disk.size();
+    let (name, result) = (disk.name().to_owned(), disk.grow().await);
+    match result {
+        Ok(new) if new == old => {
+            tracing::info!(disk = name, size = old, "told to grow, but nothing was added")
+        }
+        Ok(new) => tracing::info!(disk = name, old, new, "the disk has grown, in bytes"),
+        Err(error) => tracing::error!(disk = name, size = old, %error, "told to grow, but it stays as it is"),
+    }
 }
 
 fn ring_flags(ring: Ring) -> RingFlags {

@@ -11,7 +11,7 @@ use super::negotiation::{Agreed, Negotiation, Progress};
 use super::peer::{End, Peer, Phase};
 use super::request::{Asked, Terms, Verdict, judge};
 use super::stream::{LargeBuffers, Stream};
-use super::wire::{PAYLOAD_LEN_MAX, Style};
+use super::wire::PAYLOAD_LEN_MAX;
 
 /// Bytes received at a time during the handshake.
 const HANDSHAKE_LEN: usize = 4096;
@@ -72,13 +72,14 @@ pub(crate) async fn transmit(
 ) -> End {
     let peer = connection.peer();
     peer.enter(Phase::Transmission);
-    let (style, allocation) = (agreed.style, agreed.allocation);
+    let Agreed { style, allocation, size, .. } = *agreed;
+    let terms = Terms { style, allocation, size, read_only: connection.disk().limits().read_only };
     let mut stream = Stream::new(peer.clone(), large_buffers, &received);
     drop(received);
     let end = peer
         .until_told(async {
             let mut giving_up = pin!(give_up_when_alone(connection));
-            let mut receiving = pin!(receive_requests(connection, style, allocation, &mut stream));
+            let mut receiving = pin!(receive_requests(connection, terms, &mut stream));
             std::future::poll_fn(|cx| {
                 if let Poll::Ready(never) = giving_up.as_mut().poll(cx) {
                     match never {}
@@ -138,15 +139,11 @@ async fn give_up_when_alone(connection: &Connection) -> std::convert::Infallible
 /// Takes requests one after the other, for ever.
 async fn receive_requests(
     connection: &Rc<Connection>,
-    style: Style,
-    allocation: bool,
+    terms: Terms,
     stream: &mut Stream,
 ) -> Result<std::convert::Infallible, End> {
     loop {
-        let disk = connection.disk();
-        let (size, read_only) = (disk.size(), disk.limits().read_only);
-        let terms = Terms { style, allocation, size, read_only };
-        while let Some(header) = stream.header(style) {
+        while let Some(header) = stream.header(terms.style) {
             let (cookie, at) = (header.cookie, header.at);
             match judge(&header, terms) {
                 Verdict::Serve(asked) => serve(connection, stream, cookie, asked).await?,

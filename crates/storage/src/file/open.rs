@@ -98,7 +98,8 @@ fn after(waited: &Duration) -> String {
 pub struct Opened {
     /// The open file description that carries the I/O and the lock.
     pub file: std::fs::File,
-    /// The same file without O_DIRECT, for the end of a file whose size is no multiple of the alignment.
+    /// The same file without O_DIRECT, for the end of a file whose size is no multiple of the alignment, or is not once
+    /// it has grown.
     pub tail: Option<std::fs::File>,
     /// Where it is.
     pub path: PathBuf,
@@ -185,12 +186,16 @@ fn try_open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
         }
     }
     opened.not_direct = not_direct;
-    if !opened.size.is_multiple_of(u64::from(opened.align)) {
+    let has_tail = !opened.size.is_multiple_of(u64::from(opened.align));
+    if has_tail || (opened.align > 1 && !opened.is_block_device) {
         // A new open file description, since O_DIRECT belongs to the description; through /proc, since the name may
         // mean another file by now.
         let same = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
-        let tail = std::fs::File::options().read(true).write(!options.read_only).open(same);
-        opened.tail = Some(tail.map_err(system("open its end without O_DIRECT"))?);
+        match std::fs::File::options().read(true).write(!options.read_only).open(same) {
+            Ok(tail) => opened.tail = Some(tail),
+            Err(error) if has_tail => return Err(system("open its end without O_DIRECT")(error)),
+            Err(error) => tracing::debug!(path = %path.display(), %error, "it can grow by whole blocks only"),
+        }
     }
     if let Some(records) = options.records.as_ref().filter(|_| !options.read_only) {
         let record = records.of(&opened.file, path).map_err(system("find out its identity"))?;
