@@ -14,13 +14,14 @@ use crate::cell::{CELLS, Cell, Direction, Figures};
 use crate::cpu::Meter;
 use crate::image::{Contents, Image};
 use crate::load::Span;
-use crate::peer::{Backend, Peer, Places};
+use crate::peer::{Backend, PINNED, Peer, Places, Protocol};
 use crate::server::{CLIENT_CORE, SERVER_CORE, Server};
-use crate::table::Table;
+use crate::table::{Entrant, Table};
 
 mod cell;
 mod client;
 mod cpu;
+mod device;
 mod histogram;
 mod ideal;
 mod image;
@@ -30,13 +31,23 @@ mod peer;
 mod server;
 mod table;
 
-/// Measures tapdisk and other NBD servers on a unix socket, interleaved, and prints markdown tables.
+/// Measures tapdisk and other servers of NBD and vhost-user-blk on a unix socket, interleaved, and prints markdown
+/// tables.
+///
+/// Of one protocol only, for a quick look: `--protocols vhost-user --backends null --cells rr4k-32 --servers
+/// tapdisk,qemu-storage-daemon`.
 #[derive(Parser)]
 struct Arguments {
     /// Contestants, by name; those that are not installed are left out. `limit` is fio without a server, `ideal` a
     /// server that does nothing.
     #[arg(long, value_delimiter = ',')]
     servers: Vec<String>,
+    /// How the servers are spoken to.
+    #[arg(long, value_delimiter = ',', default_value = "nbd,vhost-user")]
+    protocols: Vec<Protocol>,
+    /// Measure tapdisk with --pin-guest-memory too, as one more server.
+    #[arg(long)]
+    pin_guest_memory: bool,
     /// What the servers keep their bytes in.
     #[arg(long, value_delimiter = ',', default_value = "null,ram,cached,direct")]
     backends: Vec<Backend>,
@@ -61,9 +72,12 @@ struct Arguments {
     /// Where to put the image, 1 GiB; should be on ext4 [default: target/bench]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Measure this server too: NAME=COMMAND with {image} and {socket} in it.
-    #[arg(long, value_parser = Peer::parse)]
+    /// Measure this NBD server too: NAME=COMMAND with {image} and {socket} in it.
+    #[arg(long, value_parser = |text: &str| Peer::parse(Protocol::Nbd, text))]
     also: Vec<Peer>,
+    /// The same for a server of vhost-user-blk, say another build of tapdisk.
+    #[arg(long, value_parser = |text: &str| Peer::parse(Protocol::VhostUser, text))]
+    also_vhost_user: Vec<Peer>,
     #[command(subcommand)]
     role: Option<Role>,
 }
@@ -83,6 +97,14 @@ fn main() -> Result<ExitCode> {
     }
 }
 
+/// Whose ratios to all others are told.
+const OURS: &str = "tapdisk";
+
+/// The row that servers of a protocol are compared with.
+fn ours(protocol: Protocol) -> String {
+    format!("{OURS} {}", protocol.name())
+}
+
 /// Whoever runs in the contest.
 enum Contestant {
     Server(Peer),
@@ -90,10 +112,26 @@ enum Contestant {
 }
 
 impl Contestant {
-    fn name(&self) -> &str {
+    fn title(&self) -> String {
         match self {
-            Contestant::Server(peer) => &peer.name,
-            Contestant::Limit => "limit",
+            Contestant::Server(peer) => peer.title(),
+            Contestant::Limit => "limit".into(),
+        }
+    }
+
+    /// What it is to the table: whose figures it is compared with, and whether to lose against it is to lose.
+    fn entrant(&self) -> Entrant {
+        match self {
+            Contestant::Server(peer) => Entrant {
+                title: peer.title(),
+                ours: vec![ours(peer.protocol)],
+                is_rival: !matches!(peer.name.as_str(), OURS | PINNED | "ideal"),
+            },
+            Contestant::Limit => Entrant {
+                title: self.title(),
+                ours: vec![ours(Protocol::VhostUser), ours(Protocol::Nbd)],
+                is_rival: false,
+            },
         }
     }
 
@@ -135,12 +173,18 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
     let places = Places {
         tapdisk: &tapdisk,
         image: &image.path,
-        socket: run.path.join("nbd.sock"),
-        config: run.path.join("nbd-server.conf"),
+        socket: run.path.join("socket"),
+        config: run.path.join("config"),
     };
 
     let mut versions = Vec::new();
-    let contestants = enrol(&arguments.servers, arguments.also, &places, &mut versions)?;
+    let known = peer::known().into_iter().filter(|peer| {
+        let is_asked_for = arguments.servers.contains(&peer.name);
+        (peer.name != PINNED || arguments.pin_guest_memory || is_asked_for)
+            && arguments.protocols.contains(&peer.protocol)
+    });
+    let also = arguments.also.into_iter().chain(arguments.also_vhost_user);
+    let contestants = enrol(&arguments.servers, known.collect(), also.collect(), &places, &mut versions)?;
     let cells: Vec<usize> = (0..CELLS.len())
         .filter(|&cell| {
             arguments.cells.is_empty() || arguments.cells.iter().any(|name| name == CELLS[cell].name)
@@ -159,7 +203,7 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
     for backend in arguments.backends {
         let entered: Vec<&Contestant> =
             contestants.iter().filter(|contestant| contestant.enters(backend)).collect();
-        let mut table = Table::new(entered.iter().map(|contestant| contestant.name().to_owned()));
+        let mut table = Table::new(entered.iter().map(|contestant| contestant.entrant()));
         if backend.has_file() {
             image.stamp()?;
         }
@@ -176,7 +220,7 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
                         }
                         Err(error) => {
                             let failure =
-                                format!("{} {} {}: {error:#}", contestant.name(), backend.name(), of.name);
+                                format!("{} {} {}: {error:#}", contestant.title(), backend.name(), of.name);
                             eprintln!("{failure}");
                             failures.insert(failure);
                         }
@@ -185,13 +229,13 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
             }
         }
         text += &format!("\n## {}\n\n{}\n{}", backend.name(), table.overview(), table.details());
-        let lost = table.lost(|name| !matches!(name, "limit" | "ideal"));
+        let lost = table.lost();
         if !lost.is_empty() {
             text += &format!("\nLost:\n{lost}");
         }
         text += "\nCommands:\n";
         for contestant in entered {
-            text += &format!("- {}: `{}`\n", contestant.name(), contestant.command(backend));
+            text += &format!("- {}: `{}`\n", contestant.title(), contestant.command(backend));
         }
     }
     for failure in &failures {
@@ -208,11 +252,11 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
 /// The contestants that are asked for and installed.
 fn enrol(
     asked: &[String],
+    known: Vec<Peer>,
     also: Vec<Peer>,
     places: &Places<'_>,
     versions: &mut Vec<String>,
 ) -> Result<Vec<Contestant>> {
-    let known = peer::known();
     if let Some(name) =
         asked.iter().find(|name| *name != "limit" && known.iter().all(|peer| peer.name != **name))
     {
@@ -224,10 +268,12 @@ fn enrol(
     for peer in known.into_iter().filter(|peer| wanted(&peer.name)).chain(also) {
         match peer.version(places) {
             Some(version) => {
-                versions.push(version);
+                if !versions.contains(&version) {
+                    versions.push(version);
+                }
                 contestants.push(Contestant::Server(peer));
             }
-            None => eprintln!("{} is not installed: left out", peer.name),
+            None => eprintln!("{} is not installed: left out", peer.title()),
         }
     }
     if wanted("limit") {
@@ -267,16 +313,17 @@ fn measure(
         Contestant::Server(peer) => peer,
     };
     let command = peer.command(backend, places)?.context("no such back end")?;
-    let (server, mut client) = Server::start(command, &places.socket, peer.export)?;
+    let (server, mut client) = Server::start(command, &places.socket, || peer.connect(&places.socket))?;
     let contents = match backend {
         Backend::Null => Contents::Unknown,
         Backend::Ram | Backend::Cached | Backend::Direct => Contents::Stamped,
     };
     if backend == Backend::Ram {
         load::write_all(client, &CELLS[CELLS.len() - 1])?;
-        client = client::Client::connect(&places.socket, peer.export)?;
+        client = peer.connect(&places.socket)?;
     }
-    ensure!(client.size == image::SIZE, "the export has {} bytes instead of {}", client.size, image::SIZE);
+    let size = client.size();
+    ensure!(size == image::SIZE, "the disk has {size} bytes instead of {}", image::SIZE);
     let meter = Meter::of(server.pid())?;
     load::run(client, cell, contents, span, &meter)
         .with_context(|| format!("the server said {:?}", server.said()))

@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+
+use crate::client;
+use crate::device::Device;
 
 /// What a server keeps its bytes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -36,13 +39,48 @@ impl Backend {
     }
 }
 
-/// A command is split at spaces, then `{image}`, `{socket}`, `{config}` and `{tapdisk}` are put in.
+/// How a server is spoken to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Protocol {
+    Nbd,
+    VhostUser,
+}
+
+impl Protocol {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Protocol::Nbd => "NBD",
+            Protocol::VhostUser => "vhost-user",
+        }
+    }
+}
+
+/// A connection to a server, ready for requests.
+pub(crate) enum Client {
+    Nbd(client::Client),
+    VhostUser(Device),
+}
+
+impl Client {
+    pub(crate) fn size(&self) -> u64 {
+        match self {
+            Client::Nbd(client) => client.size,
+            Client::VhostUser(device) => device.size,
+        }
+    }
+}
+
+/// A command is split at spaces, then `{image}`, `{socket}`, `{directory}` (where the socket lies), `{config}` and
+/// `{tapdisk}` are put in.
 #[derive(Clone)]
 pub(crate) struct Peer {
     pub(crate) name: String,
+    pub(crate) protocol: Protocol,
     version: &'static str,
     /// The name of its export.
-    pub(crate) export: &'static str,
+    export: &'static str,
+    /// What to write into the file that `{config}` names.
+    config: &'static str,
     null: String,
     ram: String,
     cached: String,
@@ -58,8 +96,10 @@ pub(crate) fn known() -> Vec<Peer> {
     vec![
         Peer {
             name: "tapdisk".into(),
+            protocol: Protocol::Nbd,
             version: "{tapdisk} --version",
             export: "",
+            config: "",
             null: "{tapdisk} serve null:1G --nbd unix:{socket}".into(),
             ram: "{tapdisk} serve ram:1G --nbd unix:{socket}".into(),
             cached: "{tapdisk} serve {image} --nbd unix:{socket} --cache buffered".into(),
@@ -67,8 +107,10 @@ pub(crate) fn known() -> Vec<Peer> {
         },
         Peer {
             name: "qemu-nbd".into(),
+            protocol: Protocol::Nbd,
             version: "qemu-nbd --version",
             export: "",
+            config: "",
             null: r#"qemu-nbd --persistent -k {socket} json:{"driver":"null-co","size":1073741824}"#.into(),
             ram: String::new(),
             cached: "qemu-nbd --persistent -k {socket} -f raw --cache=writeback --aio=io_uring {image}".into(),
@@ -76,8 +118,10 @@ pub(crate) fn known() -> Vec<Peer> {
         },
         Peer {
             name: "qemu-storage-daemon".into(),
+            protocol: Protocol::Nbd,
             version: "qemu-storage-daemon --version",
             export: "disk",
+            config: "",
             null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824 \
                    --nbd-server addr.type=unix,addr.path={socket} \
                    --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
@@ -95,8 +139,10 @@ pub(crate) fn known() -> Vec<Peer> {
         },
         Peer {
             name: "nbdkit".into(),
+            protocol: Protocol::Nbd,
             version: "nbdkit --version",
             export: "",
+            config: "",
             null: "nbdkit -f -U {socket} null 1G".into(),
             ram: "nbdkit -f -U {socket} memory 1G allocator=malloc".into(),
             cached: "nbdkit -f -U {socket} file {image}".into(),
@@ -104,17 +150,83 @@ pub(crate) fn known() -> Vec<Peer> {
         },
         Peer {
             name: "nbd-server".into(),
+            protocol: Protocol::Nbd,
             version: "nbd-server -V",
             export: "disk",
+            config: NBD_SERVER_CONFIG,
             null: String::new(),
             ram: String::new(),
             cached: "nbd-server -d -C {config}".into(),
             direct: String::new(), // it has no O_DIRECT
         },
         Peer {
+            name: "tapdisk".into(),
+            protocol: Protocol::VhostUser,
+            version: "{tapdisk} --version",
+            export: "",
+            config: "",
+            null: "{tapdisk} serve null:1G --vhost-user {socket}".into(),
+            ram: "{tapdisk} serve ram:1G --vhost-user {socket}".into(),
+            cached: "{tapdisk} serve {image} --vhost-user {socket} --cache buffered".into(),
+            direct: "{tapdisk} serve {image} --vhost-user {socket} --cache direct".into(),
+        },
+        Peer {
+            name: PINNED.into(),
+            protocol: Protocol::VhostUser,
+            version: "{tapdisk} --version",
+            export: "",
+            config: "",
+            null: String::new(), // where no memory is given to the kernel, pinning it changes nothing
+            ram: String::new(),
+            cached: "{tapdisk} serve {image} --vhost-user {socket} --pin-guest-memory --cache buffered".into(),
+            direct: "{tapdisk} serve {image} --vhost-user {socket} --pin-guest-memory --cache direct".into(),
+        },
+        Peer {
+            name: "qemu-storage-daemon".into(),
+            protocol: Protocol::VhostUser,
+            version: "qemu-storage-daemon --version",
+            export: "",
+            config: "",
+            null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824 \
+                   --export vhost-user-blk,id=disk,node-name=disk,writable=on,iothread=thread,addr.type=unix,addr.path={socket}"
+                .into(),
+            ram: String::new(),
+            cached: "qemu-storage-daemon --object iothread,id=thread --blockdev file,node-name=disk,filename={image},aio=io_uring \
+                     --export vhost-user-blk,id=disk,node-name=disk,writable=on,iothread=thread,addr.type=unix,addr.path={socket}"
+                .into(),
+            direct: "qemu-storage-daemon --object iothread,id=thread \
+                     --blockdev file,node-name=disk,filename={image},cache.direct=on,aio=io_uring \
+                     --export vhost-user-blk,id=disk,node-name=disk,writable=on,iothread=thread,addr.type=unix,addr.path={socket}"
+                .into(),
+        },
+        Peer {
+            name: "cloud-hypervisor".into(),
+            protocol: Protocol::VhostUser,
+            version: "vhost_user_block --version",
+            export: "",
+            config: "",
+            null: String::new(),
+            ram: String::new(),
+            cached: "vhost_user_block --block-backend path={image},socket={socket},direct=false,poll_queue=false".into(),
+            direct: "vhost_user_block --block-backend path={image},socket={socket},direct=true,poll_queue=false".into(),
+        },
+        Peer {
+            name: "spdk".into(),
+            protocol: Protocol::VhostUser,
+            version: "spdk_tgt --version",
+            export: "",
+            config: SPDK_CONFIG,
+            null: String::new(),
+            ram: String::new(),
+            cached: String::new(), // its aio bdev opens files with O_DIRECT
+            direct: "spdk_tgt -S {directory} -c {config} -m 0x2 --no-huge -s 512".into(),
+        },
+        Peer {
             name: "ideal".into(),
+            protocol: Protocol::Nbd,
             version: "",
             export: "",
+            config: "",
             null: "{bench} ideal {socket}".into(),
             ram: String::new(),
             cached: String::new(),
@@ -123,7 +235,9 @@ pub(crate) fn known() -> Vec<Peer> {
     ]
 }
 
-/// The file that `{config}` names.
+/// tapdisk with the guest's memory registered with the kernel: measured only when asked for.
+pub(crate) const PINNED: &str = "tapdisk-pinned";
+
 const NBD_SERVER_CONFIG: &str = "[generic]
 unixsock = {socket}
 [disk]
@@ -131,6 +245,14 @@ exportname = {image}
 flush = true
 fua = true
 ";
+
+/// The socket has the controller's name.
+const SPDK_CONFIG: &str = r#"{"subsystems": [
+{"subsystem": "bdev", "config": [
+    {"method": "bdev_aio_create", "params": {"name": "disk", "filename": "{image}", "block_size": 512}}]},
+{"subsystem": "vhost_blk", "config": [
+    {"method": "vhost_create_blk_controller", "params": {"ctrlr": "socket", "dev_name": "disk", "cpumask": "0x2"}}]}
+]}"#;
 
 /// Where the parts of a command are.
 pub(crate) struct Places<'a> {
@@ -142,12 +264,34 @@ pub(crate) struct Places<'a> {
 
 impl Peer {
     /// A server of the user's own: `NAME=COMMAND`, the same for every back end.
-    pub(crate) fn parse(text: &str) -> Result<Peer> {
+    pub(crate) fn parse(protocol: Protocol, text: &str) -> Result<Peer> {
         let Some((name, command)) = text.split_once('=') else {
             bail!("expected NAME=COMMAND, found {text:?}")
         };
         let [null, ram, cached, direct] = std::array::from_fn(|_| command.to_owned());
-        Ok(Peer { name: name.into(), version: "", export: "", null, ram, cached, direct })
+        Ok(Peer {
+            name: name.into(),
+            protocol,
+            version: "",
+            export: "",
+            config: "",
+            null,
+            ram,
+            cached,
+            direct,
+        })
+    }
+
+    /// Its row in a table.
+    pub(crate) fn title(&self) -> String {
+        format!("{} {}", self.name, self.protocol.name())
+    }
+
+    pub(crate) fn connect(&self, socket: &Path) -> Result<Client> {
+        match self.protocol {
+            Protocol::Nbd => client::Client::connect(socket, self.export).map(Client::Nbd),
+            Protocol::VhostUser => Device::connect(socket).map(Client::VhostUser),
+        }
     }
 
     /// Says the command for a back end as it is written here; none if this peer has no such back end.
@@ -165,7 +309,7 @@ impl Peer {
     pub(crate) fn command(&self, backend: Backend, places: &Places<'_>) -> Result<Option<Command>> {
         let Some(template) = self.template(backend) else { return Ok(None) };
         if template.contains("{config}") {
-            std::fs::write(&places.config, places.put(NBD_SERVER_CONFIG)?)?;
+            std::fs::write(&places.config, places.put(self.config)?)?;
         }
         places.command(template).map(Some)
     }
@@ -201,6 +345,7 @@ impl Places<'_> {
             ("{tapdisk}", self.tapdisk),
             ("{image}", self.image),
             ("{socket}", &self.socket),
+            ("{directory}", self.socket.parent().context("a socket lies in a directory")?),
             ("{config}", &self.config),
         ] {
             let Some(path) = path.to_str() else { bail!("{} is not UTF-8", path.display()) };

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::client::Client;
 use crate::cpu;
+use crate::peer::Client;
 
 /// The load runs here,
 pub(crate) const CLIENT_CORE: usize = 0;
@@ -28,13 +28,17 @@ pub(crate) struct Server {
 
 impl Server {
     /// Starts a server and waits until it takes a client.
-    pub(crate) fn start(command: Command, socket: &Path, export: &str) -> Result<(Server, Client)> {
+    pub(crate) fn start(
+        command: Command,
+        socket: &Path,
+        connect: impl Fn() -> Result<Client>,
+    ) -> Result<(Server, Client)> {
         remove_if_there(socket)?;
         let log = socket.with_extension("log");
         let mut server = Server { child: spawn(command, &log)?, socket: socket.to_owned(), log };
         let start = Instant::now();
         loop {
-            let error = match Client::connect(socket, export) {
+            let error = match connect() {
                 Ok(client) => return Ok((server, client)),
                 Err(error) => error,
             };

@@ -4,8 +4,14 @@ use std::fmt::Write;
 
 use crate::cell::{CELLS, Figures};
 
-/// Whose ratios to all others are told.
-const OURS: &str = "tapdisk";
+/// A row before anything was measured.
+pub(crate) struct Entrant {
+    pub(crate) title: String,
+    /// The row of ours that it is compared with: the first of these that there is.
+    pub(crate) ours: Vec<String>,
+    /// Whether its lead is our loss.
+    pub(crate) is_rival: bool,
+}
 
 pub(crate) struct Table {
     /// One row for each contestant, in the order of appearance.
@@ -14,14 +20,29 @@ pub(crate) struct Table {
 
 struct Row {
     name: String,
+    /// The number of the row that it is compared with.
+    ours: Option<usize>,
+    is_rival: bool,
     /// A measurement for each round, for each cell.
     cells: Vec<Vec<Figures>>,
 }
 
 impl Table {
-    pub(crate) fn new(names: impl IntoIterator<Item = String>) -> Table {
-        let rows = names.into_iter().map(|name| Row { name, cells: vec![Vec::new(); CELLS.len()] }).collect();
-        Table { rows }
+    pub(crate) fn new(entrants: impl IntoIterator<Item = Entrant>) -> Table {
+        let entrants: Vec<Entrant> = entrants.into_iter().collect();
+        let number = |title: &String| entrants.iter().position(|entrant| entrant.title == *title);
+        let row = |entrant: &Entrant| Row {
+            name: entrant.title.clone(),
+            ours: entrant.ours.iter().find_map(number),
+            is_rival: entrant.is_rival,
+            cells: vec![Vec::new(); CELLS.len()],
+        };
+        Table { rows: entrants.iter().map(row).collect() }
+    }
+
+    /// What the row of ours did that this one is compared with.
+    fn ours(&self, row: &Row, cell: usize) -> Option<Figures> {
+        Figures::median(&self.rows[row.ours?].cells[cell])
     }
 
     pub(crate) fn add(&mut self, row: usize, cell: usize, figures: Figures) {
@@ -60,10 +81,9 @@ impl Table {
             "| cell | server | kIOPS | CPU µs | p50 µs | p99 µs | IOPS to ours | CPU to ours | client busy |\n\
              |---|---|---|---|---|---|---|---|---|\n",
         );
-        let ours = self.rows.iter().find(|row| row.name == OURS);
         for (cell, of) in CELLS.iter().enumerate() {
-            let ours = ours.and_then(|row| Figures::median(&row.cells[cell]));
             for row in &self.rows {
+                let ours = self.ours(row, cell);
                 let Some(figures) = Figures::median(&row.cells[cell]) else { continue };
                 let ratio = |value: f64, ours: Option<f64>| {
                     ours.map_or("–".into(), |ours| format!("{:.2}", value / ours))
@@ -88,13 +108,12 @@ impl Table {
         text
     }
 
-    /// The cells in which a rival is ahead of us, in words; rivals are the rows that `is_rival` names.
-    pub(crate) fn lost(&self, is_rival: impl Fn(&str) -> bool) -> String {
+    /// The cells in which a rival is ahead of us, in words.
+    pub(crate) fn lost(&self) -> String {
         let mut text = String::new();
-        let Some(ours) = self.rows.iter().find(|row| row.name == OURS) else { return text };
         for (cell, of) in CELLS.iter().enumerate() {
-            let Some(own) = Figures::median(&ours.cells[cell]) else { continue };
-            for row in self.rows.iter().filter(|row| row.name != OURS && is_rival(&row.name)) {
+            for row in self.rows.iter().filter(|row| row.is_rival) {
+                let Some(own) = self.ours(row, cell) else { continue };
                 let Some(rival) = Figures::median(&row.cells[cell]) else { continue };
                 if rival.iops > own.iops {
                     let lead = rival.iops / own.iops;
@@ -134,26 +153,38 @@ mod tests {
         Figures { iops, cpu_us, p50_us: 12.0, p99_us: 345.0, client_busy: Some(0.5) }
     }
 
+    fn entrant(title: &str, ours: &[&str], is_rival: bool) -> Entrant {
+        Entrant { title: title.into(), ours: ours.iter().map(|title| title.to_string()).collect(), is_rival }
+    }
+
     #[test]
     fn a_table_tells_medians_ratios_and_what_was_lost() {
-        let mut table = Table::new(["tapdisk".into(), "rival".into(), "limit".into()]);
+        let mut table = Table::new([
+            entrant("ours by sea", &["ours by sea"], false),
+            entrant("ours by air", &["ours by air"], false),
+            entrant("rival by sea", &["ours by sea"], true),
+            entrant("limit", &["ours by air", "ours by sea"], false),
+        ]);
         for iops in [100e3, 90e3, 110e3] {
             table.add(0, 0, figures(iops, 2.0));
         }
-        table.add(1, 0, figures(50e3, 1.0));
-        table.add(2, 0, figures(200e3, 1.0));
-        assert!(table.overview().contains("| tapdisk | 100 / 2.00 / 12.0 | – |"), "{}", table.overview());
+        table.add(1, 0, figures(400e3, 0.5));
+        table.add(2, 0, figures(50e3, 1.0));
+        table.add(3, 0, figures(200e3, 1.0));
+        assert!(table.overview().contains("| ours by sea | 100 / 2.00 / 12.0 | – |"), "{}", table.overview());
+        let details = table.details();
         assert!(
-            table.details().contains("| rr4k-1 | rival | 50.0 | 1.00 | 12.0 | 345 | 0.50 | 0.50 | 50 % |")
+            details.contains("| rr4k-1 | rival by sea | 50.0 | 1.00 | 12.0 | 345 | 0.50 | 0.50 | 50 % |")
         );
-        assert_eq!(table.lost(|name| name != "limit"), "- rr4k-1: rival needs 0.50 of our CPU\n");
+        assert!(details.contains("| rr4k-1 | limit | 200 | 1.00 | 12.0 | 345 | 0.50 | 2.00 | 50 % |"));
+        assert_eq!(table.lost(), "- rr4k-1: rival by sea needs 0.50 of our CPU\n");
     }
 
     #[test]
     fn without_us_there_are_no_ratios_and_nothing_is_lost() {
-        let mut table = Table::new(["rival".into()]);
+        let mut table = Table::new([entrant("rival", &["ours"], true)]);
         table.add(0, 1, figures(50e3, 1.0));
         assert!(table.details().contains("| – | – |"));
-        assert_eq!(table.lost(|_| true), "");
+        assert_eq!(table.lost(), "");
     }
 }

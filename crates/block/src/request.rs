@@ -166,12 +166,19 @@ pub trait Answer {
     /// interface's affair. Runs at the top level of the disk's thread or at the end of a request, so it must not
     /// submit a new request before it returns.
     fn answer(&self, ticket: Ticket, result: Result<Payload, Errno>);
+
+    /// The request is not done and will not be answered by this process. An interface whose own record of requests
+    /// outlives the process leaves it there for a successor; one that has no such record tells the guest ESHUTDOWN.
+    /// Called instead of `answer`, under the same terms.
+    fn leave(&self, ticket: Ticket) {
+        self.answer(ticket, Err(Errno::ESHUTDOWN));
+    }
 }
 
 /// The right and the duty to answer one request once.
 ///
 /// It cannot be copied, sending consumes it, and dropping it answers EIO: however a request ends, its guest
-/// hears of it.
+/// hears of it. Only one that its interface keeps for a successor may be left unanswered, and that is said.
 ///
 /// ```compile_fail
 /// fn twice(reply: block::Reply) {
@@ -195,6 +202,13 @@ impl Reply {
     pub fn send(mut self, result: Result<Payload, Errno>) {
         if let Some(to) = self.to.take() {
             to.answer(self.ticket, result);
+        }
+    }
+
+    /// Gives no answer: the request stays with its interface, for whoever serves the guest next.
+    pub fn leave(mut self) {
+        if let Some(to) = self.to.take() {
+            to.leave(self.ticket);
         }
     }
 }
@@ -254,6 +268,35 @@ mod tests {
         let guest = Rc::new(Guest::default());
         drop(Request { op: Op::Flush, reply: Reply::new(guest.clone(), Ticket(1)) });
         assert_eq!(*guest.0.borrow(), [(1, Err(Errno::EIO))]);
+    }
+
+    #[test]
+    fn a_request_that_is_left_is_not_answered() {
+        /// A guest whose requests outlive the process.
+        #[derive(Default)]
+        struct Lasting(Guest, RefCell<Vec<u64>>);
+
+        impl Answer for Lasting {
+            fn answer(&self, ticket: Ticket, result: Result<Payload, Errno>) {
+                self.0.answer(ticket, result);
+            }
+
+            fn leave(&self, ticket: Ticket) {
+                self.1.borrow_mut().push(ticket.0);
+            }
+        }
+
+        let guest = Rc::new(Lasting::default());
+        Reply::new(guest.clone(), Ticket(3)).leave();
+        assert_eq!(*guest.1.borrow(), [3]);
+        assert_eq!(*guest.0.0.borrow(), []);
+    }
+
+    #[test]
+    fn a_guest_whose_requests_do_not_outlive_the_process_hears_of_its_end() {
+        let guest = Rc::new(Guest::default());
+        Reply::new(guest.clone(), Ticket(4)).leave();
+        assert_eq!(*guest.0.borrow(), [(4, Err(Errno::ESHUTDOWN))]);
     }
 
     #[test]

@@ -7,16 +7,20 @@ use std::task::{Poll, Waker};
 
 use block::Error;
 
+use crate::session::GiveUp;
+
 /// What a held request is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sign {
     /// The cause may be gone.
     TryAgain,
-    /// Answer with the error.
-    GiveUp,
+    /// End.
+    GiveUp(GiveUp),
 }
 
 struct Held {
+    /// The number of the session that it belongs to.
+    session: u64,
     error: Error,
     sign: Option<Sign>,
     waker: Option<Waker>,
@@ -41,8 +45,8 @@ impl Holds {
         self.waiting.borrow().values().next().map(|held| held.error.clone())
     }
 
-    /// Waits for a sign. Dropping the future ends the wait.
-    pub(crate) async fn wait(&self, error: Error) -> Sign {
+    /// Waits for a sign, as a request of this session. Dropping the future ends the wait.
+    pub(crate) async fn wait(&self, session: u64, error: Error) -> Sign {
         struct Place<'a>(&'a Holds, u64);
         impl Drop for Place<'_> {
             fn drop(&mut self) {
@@ -51,7 +55,7 @@ impl Holds {
         }
         let number = self.next.get();
         self.next.set(number + 1);
-        self.waiting.borrow_mut().insert(number, Held { error, sign: None, waker: None });
+        self.waiting.borrow_mut().insert(number, Held { session, error, sign: None, waker: None });
         let _place = Place(self, number);
         poll_fn(|cx| {
             let mut waiting = self.waiting.borrow_mut();
@@ -69,20 +73,30 @@ impl Holds {
 
     /// Lets the first one try.
     pub(crate) fn probe(&self) {
-        self.sign(Sign::TryAgain, 1);
+        self.sign(Sign::TryAgain, 1, |_| true);
     }
 
     /// Gives all the same sign.
     pub(crate) fn all(&self, sign: Sign) {
-        self.sign(sign, usize::MAX);
+        self.sign(sign, usize::MAX, |_| true);
     }
 
-    fn sign(&self, sign: Sign, most: usize) {
+    /// Lets those of one session give up; how many.
+    pub(crate) fn give_up(&self, session: u64, how: GiveUp) -> usize {
+        self.sign(Sign::GiveUp(how), usize::MAX, |held| held.session == session)
+    }
+
+    fn sign(&self, sign: Sign, most: usize, concerns: impl Fn(&Held) -> bool) -> usize {
         let mut wakers = Vec::new();
-        for held in self.waiting.borrow_mut().values_mut().filter(|held| held.sign.is_none()).take(most) {
+        let mut count = 0;
+        let mut waiting = self.waiting.borrow_mut();
+        for held in waiting.values_mut().filter(|held| held.sign.is_none() && concerns(held)).take(most) {
             held.sign = Some(sign);
             wakers.extend(held.waker.take());
+            count += 1;
         }
+        drop(waiting);
         wakers.into_iter().for_each(Waker::wake);
+        count
     }
 }

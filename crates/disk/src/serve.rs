@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use std::time::Duration;
 
 use block::{Errno, Error, Limits, Op, OpKind, Payload, Reply, Request, Result, Span};
@@ -18,7 +18,10 @@ use storage::{Storage, Zeroing};
 use crate::failures::Failures;
 use crate::hold::{Holds, Sign};
 use crate::policy::{OnError, Policy, Verdict, judge};
+use crate::session::{Asker, GiveUp, Session};
+use crate::size::Size;
 use crate::stats::Stats;
+use crate::waiters::Waiters;
 
 /// How often one held request tries whether the cause is gone.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
@@ -42,21 +45,23 @@ pub struct Config {
 #[derive(Clone)]
 pub struct Disk(Rc<Inner>);
 
-struct Inner {
-    handle: Handle,
+pub(crate) struct Inner {
+    pub(crate) handle: Handle,
     storage: Rc<dyn Storage>,
-    name: Rc<str>,
-    size: u64,
+    pub(crate) name: Rc<str>,
+    size: Size,
     limits: Limits,
     policy: Cell<Policy>,
     active: RefCell<Slab<Active>>,
     stats: RefCell<Stats>,
-    holds: Holds,
+    pub(crate) holds: Holds,
+    /// How many sessions there have been.
+    sessions: Cell<u64>,
     probing: Cell<bool>,
     failures: Rc<Failures>,
     state: Cell<State>,
-    /// Who waits for the last active request to be answered.
-    idle: RefCell<Vec<Waker>>,
+    /// Who waits for the last active request to end.
+    idle: Waiters,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,31 +82,43 @@ struct Active {
 }
 
 /// The claim of one request to its answer, held by its task and by each operation that the kernel does for it.
-struct Claim {
-    disk: Rc<Inner>,
+pub(crate) struct Claim {
+    asker: Rc<Asker>,
     key: usize,
     kind: OpKind,
     bytes: u64,
     reply: Cell<Option<Reply>>,
-    result: RefCell<Option<std::result::Result<Payload, Errno>>>,
+    outcome: RefCell<Option<Outcome>>,
+}
+
+/// What a request comes to.
+enum Outcome {
+    Answer(std::result::Result<Payload, Errno>),
+    /// No answer: it is left to whoever serves its guest next.
+    Leave,
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let result = self.result.take().unwrap_or_else(|| {
-            self.disk.stats.borrow_mut().lost += 1;
-            let (disk, operation) = (&*self.disk.name, self.kind.name());
+        let disk = &self.asker.disk;
+        let outcome = self.outcome.take().unwrap_or_else(|| {
+            disk.stats.borrow_mut().lost += 1;
+            let (disk, operation) = (&*disk.name, self.kind.name());
             tracing::error!(
                 disk,
                 operation,
                 "a request ended without a result: answered EIO (a bug in tapdisk)"
             );
-            Err(Errno::EIO)
+            Outcome::Answer(Err(Errno::EIO))
         });
-        self.disk.answered(self.key, self.kind, self.bytes, result.is_ok());
+        disk.ended(self.key, self.kind, self.bytes, &outcome);
         if let Some(reply) = self.reply.take() {
-            reply.send(result);
+            match outcome {
+                Outcome::Answer(result) => reply.send(result),
+                Outcome::Leave => reply.leave(),
+            }
         }
+        self.asker.ended();
     }
 }
 
@@ -123,7 +140,7 @@ impl Disk {
         limits.read_only |= config.read_only;
         let inner = Rc::new(Inner {
             handle: handle.clone(),
-            size: storage.size(),
+            size: Size::new(storage.size()),
             limits,
             storage,
             name: config.name.into(),
@@ -131,10 +148,11 @@ impl Disk {
             active: RefCell::default(),
             stats: RefCell::default(),
             holds: Holds::default(),
+            sessions: Cell::new(0),
             probing: Cell::new(false),
             failures: Rc::default(),
             state: Cell::new(State::Open),
-            idle: RefCell::default(),
+            idle: Waiters::default(),
         });
         Inner::watch(&inner);
         Disk(inner)
@@ -142,7 +160,12 @@ impl Disk {
 
     /// Bytes.
     pub fn size(&self) -> u64 {
-        self.0.size
+        self.0.size.get()
+    }
+
+    /// Ends when the size changes next, counted from this call.
+    pub fn resized(&self) -> impl Future<Output = ()> + 'static {
+        self.0.size.changed()
     }
 
     /// What suits it, what it can do, and whether it refuses writes.
@@ -170,32 +193,43 @@ impl Disk {
         self.0.storage.poison()
     }
 
-    /// Takes a request. It is answered once, later or before this returns.
+    /// Begins a session: one for each that asks, such as a ring or a connection.
+    pub fn session(&self) -> Session {
+        let number = self.0.sessions.get();
+        self.0.sessions.set(number + 1);
+        Session::new(self.0.clone(), number)
+    }
+
+    /// Takes a request that belongs to no session. It is answered once, later or before this returns.
     ///
     /// What a guest may not ask is answered here: EINVAL beyond the end, EPERM for a write to a read-only disk.
     /// Interfaces check first, since their protocols have their own words for these.
     pub fn submit(&self, request: Request) {
-        let inner = &self.0;
+        self.session().submit(request);
+    }
+
+    pub(crate) fn take(asker: &Rc<Asker>, request: Request) {
+        let inner = &asker.disk;
         let Request { op, reply } = request;
         let (kind, span) = (op.kind(), op.span());
-        let claim = inner.accept(kind, span, reply);
+        let claim = Claim::new(asker, kind, span, reply);
         let refusal = match (inner.state.get(), span) {
             (State::Fenced, _) => Some(Errno::EIO),
             (State::Closing, _) => Some(Errno::ESHUTDOWN),
             (State::Open, None) => Some(Errno::EINVAL),
-            (State::Open, Some(span)) if !span.is_within(inner.size) => Some(Errno::EINVAL),
+            (State::Open, Some(span)) if !span.is_within(inner.size.get()) => Some(Errno::EINVAL),
             (State::Open, Some(_)) if kind.changes() && inner.limits.read_only => Some(Errno::EPERM),
             (State::Open, Some(_)) => None,
         };
         if let Some(errno) = refusal {
-            *claim.result.borrow_mut() = Some(Err(errno));
+            *claim.outcome.borrow_mut() = Some(Outcome::Answer(Err(errno)));
             return;
         }
         let disk = inner.clone();
         inner.handle.spawn_in(claim.clone(), async move {
             let fence = Fence(disk);
-            let result = fence.0.serve(&op, &claim).await;
-            *claim.result.borrow_mut() = Some(result);
+            let outcome = fence.0.serve(&op, &claim).await;
+            *claim.outcome.borrow_mut() = Some(outcome);
         });
     }
 
@@ -247,19 +281,12 @@ impl Disk {
                 "held requests are answered with their error, since the disk is closed"
             );
         }
-        inner.holds.all(Sign::GiveUp);
+        inner.holds.all(Sign::GiveUp(GiveUp::Tell));
     }
 
-    /// Waits until every request that was taken is answered.
+    /// Waits until every request that was taken is answered or left.
     pub async fn idle(&self) {
-        poll_fn(|cx| {
-            if self.0.active.borrow().is_empty() {
-                return Poll::Ready(());
-            }
-            self.0.idle.borrow_mut().push(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
+        self.0.idle.until(|| self.0.active.borrow().is_empty()).await;
     }
 
     /// Logs counts, held requests and poison.
@@ -282,6 +309,21 @@ impl Disk {
     }
 }
 
+impl Claim {
+    fn new(asker: &Rc<Asker>, kind: OpKind, span: Option<Span>, reply: Reply) -> Rc<Claim> {
+        let disk = &asker.disk;
+        let span = span.unwrap_or_else(|| Span::new(0, 0).expect("an empty span"));
+        let active = Active { kind, span, since: disk.handle.now(), held: false };
+        let key = disk.active.borrow_mut().insert(active);
+        let mut stats = disk.stats.borrow_mut();
+        stats.accepted += 1;
+        stats.in_flight += 1;
+        asker.began();
+        let (reply, outcome) = (Cell::new(Some(reply)), RefCell::new(None));
+        Rc::new(Claim { asker: asker.clone(), key, kind, bytes: span.len(), reply, outcome })
+    }
+}
+
 impl Inner {
     /// Does nothing with the storage any more: a driver has panicked.
     fn fence(&self) {
@@ -291,40 +333,35 @@ impl Inner {
             disk,
             "a driver panicked: this disk answers EIO until it is opened anew (a bug in tapdisk)"
         );
-        self.holds.all(Sign::GiveUp);
+        self.holds.all(Sign::GiveUp(GiveUp::Tell));
     }
 
-    fn accept(self: &Rc<Self>, kind: OpKind, span: Option<Span>, reply: Reply) -> Rc<Claim> {
-        let span = span.unwrap_or_else(|| Span::new(0, 0).expect("an empty span"));
-        let active = Active { kind, span, since: self.handle.now(), held: false };
-        let key = self.active.borrow_mut().insert(active);
-        let mut stats = self.stats.borrow_mut();
-        stats.accepted += 1;
-        stats.in_flight += 1;
-        let (reply, result) = (Cell::new(Some(reply)), RefCell::new(None));
-        Rc::new(Claim { disk: self.clone(), key, kind, bytes: span.len(), reply, result })
-    }
-
-    fn answered(&self, key: usize, kind: OpKind, bytes: u64, ok: bool) {
+    fn ended(&self, key: usize, kind: OpKind, bytes: u64, outcome: &Outcome) {
         let mut active = self.active.borrow_mut();
         let gone = active.remove(key);
         let mut stats = self.stats.borrow_mut();
-        stats.answered += 1;
         if gone.held {
             stats.held -= 1
         } else {
             stats.in_flight -= 1
         }
-        stats.count(kind, ok, bytes);
-        assert_eq!(stats.accepted, stats.answered + stats.in_flight + stats.held, "a request was miscounted");
+        match outcome {
+            Outcome::Answer(result) => {
+                stats.answered += 1;
+                stats.count(kind, result.is_ok(), bytes);
+            }
+            Outcome::Leave => stats.left += 1,
+        }
+        let over = stats.answered + stats.left;
+        assert_eq!(stats.accepted, over + stats.in_flight + stats.held, "a request was miscounted");
         assert_eq!(active.len() as u64, stats.in_flight + stats.held, "a request was lost");
         if active.is_empty() {
-            self.idle.take().into_iter().for_each(Waker::wake);
+            self.idle.look();
         }
     }
 
-    /// Does a request until it has succeeded or its error is to be told.
-    async fn serve(self: &Rc<Self>, op: &Op, claim: &Rc<Claim>) -> std::result::Result<Payload, Errno> {
+    /// Does a request until it has succeeded, or its error is to be told, or it is left.
+    async fn serve(self: &Rc<Self>, op: &Op, claim: &Rc<Claim>) -> Outcome {
         let mut tries = 0;
         let mut was_held = false;
         loop {
@@ -333,30 +370,31 @@ impl Inner {
                     if was_held {
                         self.space_is_back();
                     }
-                    return Ok(payload);
+                    return Outcome::Answer(Ok(payload));
                 }
                 Err(error) => error,
             };
             tries += 1;
             let age = self.handle.now().since(self.active.borrow()[claim.key].since);
-            match judge(&error, claim.kind, tries, age, &self.policy.get()) {
-                Verdict::Answer => return Err(self.tell(claim, &error)),
-                Verdict::Retry { after } => {
-                    if after > Duration::ZERO {
-                        self.handle.sleep(after).await;
-                    } else {
-                        self.handle.yield_now().await;
-                    }
+            let given_up = match judge(&error, claim.kind, tries, age, &self.policy.get()) {
+                Verdict::Answer => return self.tell(claim, &error),
+                Verdict::Retry { after: Duration::ZERO } => {
+                    self.handle.yield_now().await;
+                    None
                 }
+                Verdict::Retry { after } => claim.asker.pause(after).await,
                 Verdict::Hold => {
                     was_held = true;
-                    if self.hold(claim, &error).await == Sign::GiveUp {
-                        return Err(self.tell(claim, &error));
-                    }
+                    self.hold(claim, &error).await
                 }
+            };
+            match given_up {
+                Some(GiveUp::Leave) => return Outcome::Leave,
+                Some(GiveUp::Tell) => return self.tell(claim, &error),
+                None => {}
             }
             if self.state.get() == State::Fenced {
-                return Err(Errno::EIO);
+                return Outcome::Answer(Err(Errno::EIO));
             }
             self.stats.borrow_mut().retries += 1;
         }
@@ -392,17 +430,21 @@ impl Inner {
     }
 
     /// Logs an error that is about to be answered.
-    fn tell(&self, claim: &Claim, error: &Error) -> Errno {
+    fn tell(&self, claim: &Claim, error: &Error) -> Outcome {
         let span = self.active.borrow()[claim.key].span;
         // That fast zeroing is not to be had is an answer, no failure.
         let asked = claim.kind == OpKind::WriteZeroes && error.errno() == Errno::EOPNOTSUPP;
         if !asked {
             self.failures.log(&self.handle, &self.name, claim.kind, span, error);
         }
-        error.errno()
+        Outcome::Answer(Err(error.errno()))
     }
 
-    async fn hold(self: &Rc<Self>, claim: &Claim, error: &Error) -> Sign {
+    /// Keeps a request until it may try again, or is to end.
+    async fn hold(self: &Rc<Self>, claim: &Claim, error: &Error) -> Option<GiveUp> {
+        if let Some(how) = claim.asker.gives_up() {
+            return Some(how);
+        }
         if self.holds.count() == 0 && !self.probing.get() {
             let (disk, operation, errno, doing) =
                 (&*self.name, claim.kind.name(), error.errno(), error.doing());
@@ -410,9 +452,12 @@ impl Inner {
         }
         self.mark_held(claim.key, true);
         self.probe();
-        let sign = self.holds.wait(error.clone()).await;
+        let sign = self.holds.wait(claim.asker.number(), error.clone()).await;
         self.mark_held(claim.key, false);
-        sign
+        match sign {
+            Sign::GiveUp(how) => Some(how),
+            Sign::TryAgain => claim.asker.gives_up(),
+        }
     }
 
     fn mark_held(&self, key: usize, held: bool) {

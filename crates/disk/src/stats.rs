@@ -15,13 +15,15 @@ pub struct Counts {
     pub bytes: u64,
 }
 
-/// Counts of one disk. `accepted = answered + in_flight + held`, always.
+/// Counts of one disk. `accepted = answered + left + in_flight + held`, always.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Requests taken.
     pub accepted: u64,
     /// Requests answered, each once.
     pub answered: u64,
+    /// Requests left unanswered, each once, for whoever serves their guest next.
+    pub left: u64,
     /// Requests that are being worked on.
     pub in_flight: u64,
     /// Requests that wait for the cause of their failure to go away.
@@ -53,11 +55,14 @@ impl Stats {
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stats { accepted, answered, in_flight, held, lost, retries, .. } = self;
+        let Stats { accepted, answered, left, in_flight, held, lost, retries, .. } = self;
         write!(
             f,
             "{accepted} accepted, {answered} answered, {in_flight} in flight, {held} held, {retries} retries"
         )?;
+        if *left > 0 {
+            write!(f, ", {left} left to a successor")?;
+        }
         if *lost > 0 {
             write!(f, ", {lost} LOST (a bug in tapdisk)")?;
         }

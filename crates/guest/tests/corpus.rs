@@ -1,8 +1,13 @@
 //! What the fuzzers have collected, put to the server again by an ordinary test.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// One after the other: what a target leaves open is counted in the whole process.
+static TURN: Mutex<()> = Mutex::new(());
 
 fn replay(target: &str, run: fn(&[u8])) {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
     let mut count = 0;
     for collection in ["corpus", "regressions"] {
@@ -23,6 +28,11 @@ fn replay(target: &str, run: fn(&[u8])) {
 #[test]
 fn negotiation_keeps_its_rules_with_all_that_was_collected() {
     replay("nbd_negotiation", guest::fuzzing::negotiation);
+}
+
+#[test]
+fn front_ends_messages_harm_nobody_with_all_that_was_collected() {
+    replay("vhost_messages", guest::fuzzing::messages);
 }
 
 #[test]

@@ -8,10 +8,11 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use block::{Answer, Buf, Errno, Op, OpKind, Payload, Reply, Request, Span, Ticket};
-use disk::Disk;
+use disk::{Disk, GiveUp, Session};
 
 use crate::dice::Dice;
 use crate::model::Content;
+use crate::stops::request_of;
 use crate::subject::Subject;
 
 /// Bytes of memory for most requests.
@@ -34,6 +35,8 @@ pub(crate) struct Habits {
     pub(crate) hot: u64,
     /// Pauses up to this many nanoseconds between requests.
     pub(crate) pause: u64,
+    /// It stops its session this often, in a thousand requests.
+    pub(crate) stops: u64,
     /// Percent of requests that no good guest makes.
     pub(crate) hostile: u64,
     /// Percent of reads, of writes, of flushes; the rest is shared by the others.
@@ -66,6 +69,7 @@ impl Guest {
 
     /// Makes all its requests; ends when the last is answered, or when the run does.
     pub(crate) async fn run(self: Rc<Self>, disk: Disk) {
+        let session = disk.session();
         loop {
             if self.subject.kernel.borrow().is_over() {
                 return;
@@ -81,9 +85,24 @@ impl Guest {
                 disk.handle().sleep(Duration::from_nanos(pause)).await;
             }
             self.fewer_than(self.habits.depth).await;
-            self.ask(&disk);
+            self.ask(&disk, &session);
+            self.stop_at_times(&session).await;
         }
         self.fewer_than(1).await;
+    }
+
+    /// Stops its session, as a reset of its ring would, and goes on with it.
+    async fn stop_at_times(&self, session: &Session) {
+        let how = {
+            let dice = &mut self.state.borrow_mut().dice;
+            if dice.below(1000) >= self.habits.stops {
+                return;
+            }
+            if dice.percent(50) { GiveUp::Leave } else { GiveUp::Tell }
+        };
+        self.subject.stops(self.number, how);
+        session.stop(how).await;
+        self.subject.stopped(self.number);
     }
 
     /// Waits until fewer than this many requests are under way.
@@ -99,17 +118,17 @@ impl Guest {
         .await;
     }
 
-    fn ask(self: &Rc<Self>, disk: &Disk) {
+    fn ask(self: &Rc<Self>, disk: &Disk, session: &Session) {
         let number = {
             let mut state = self.state.borrow_mut();
             state.made += 1;
-            self.number << 32 | state.made
+            request_of(self.number, state.made)
         };
         let (op, memory) = self.draw(number, disk.size());
         self.subject.asked(number, &op, disk.size());
         self.state.borrow_mut().out.insert(number, memory);
         let answer: Rc<dyn Answer> = self.clone();
-        disk.submit(Request { op, reply: Reply::new(answer, Ticket(number)) });
+        session.submit(Request { op, reply: Reply::new(answer, Ticket(number)) });
     }
 
     fn draw(&self, number: u64, size: u64) -> (Op, Option<(Buf, Buf)>) {
@@ -218,11 +237,28 @@ impl Guest {
 
 impl Answer for Guest {
     fn answer(&self, ticket: Ticket, result: Result<Payload, Errno>) {
-        let memory = self.state.borrow_mut().out.remove(&ticket.0);
-        let part = memory.as_ref().and_then(|memory| memory.as_ref()).map(|(_, part)| part.clone());
+        let memory = self.take_back(ticket);
+        let part = memory.as_ref().map(|(_, part)| part.clone());
         self.subject.answered(ticket.0, &result, || part.map_or_else(Vec::new, |part| part.to_vec()));
+        self.reuse(memory);
+    }
+
+    fn leave(&self, ticket: Ticket) {
+        let memory = self.take_back(ticket);
+        self.subject.left(ticket.0);
+        self.reuse(memory);
+    }
+}
+
+impl Guest {
+    /// The memory of a request that has ended: whole, and the part in use.
+    fn take_back(&self, ticket: Ticket) -> Option<(Buf, Buf)> {
+        self.state.borrow_mut().out.remove(&ticket.0).flatten()
+    }
+
+    fn reuse(&self, memory: Option<(Buf, Buf)>) {
         let state = &mut *self.state.borrow_mut();
-        if let Some(Some((whole, _))) = memory {
+        if let Some((whole, _)) = memory {
             // It is the guest's again: what the kernel still reads or writes there is seen sooner or later.
             garbage(&whole);
             if whole.len() == MEMORY {

@@ -4,6 +4,7 @@
 //! it (`guest`); `subject` and `model` know what was promised, and `witness` stands between disk and storage.
 
 mod dice;
+mod fate;
 mod fault;
 mod file;
 mod guest;
@@ -12,6 +13,7 @@ mod model;
 pub mod mutants;
 pub mod run;
 mod scattered;
+mod stops;
 mod subject;
 mod trace;
 mod witness;

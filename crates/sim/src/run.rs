@@ -199,6 +199,7 @@ impl World {
                     aligned,
                     hot: dice.pick(&[0, 20, 60]),
                     pause: dice.pick(&[100_000, 2_000_000, 20_000_000]),
+                    stops: dice.pick(&[0, 0, 10, 100]),
                     hostile: dice.pick(&[0, 0, 5]),
                     mix: dice.pick(&[(40, 35, 8), (20, 55, 10), (25, 45, 3), (30, 20, 10), (10, 40, 30)]),
                 }
@@ -447,6 +448,7 @@ impl Run {
                 aligned: (30, 30),
                 hot: 30,
                 pause: 20 * MILLISECOND,
+                stops: 0,
                 hostile: 0,
                 mix: (40, 40, 10),
             };

@@ -4,19 +4,18 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use block::{Errno, Error, Op, OpKind, Payload, Span};
-use disk::{Disk, OnError, Policy};
+use disk::{Disk, GiveUp, OnError, Policy};
 
 use crate::dice::Dice;
-use crate::kernel::{Call, Fault, Kind, Shared};
+use crate::fate::{Fate, fate, hard};
+use crate::kernel::{Call, Fault, Shared};
 use crate::model::{Content, Model, WriteId};
 use crate::scattered::Layout;
+use crate::stops::Stops;
 use crate::trace::Event;
 
-/// A lack of memory and the like is waited out this long.
-const PATIENCE: u64 = 30_000_000_000;
 /// What the executor may take from one event to what follows from it, in virtual time.
 const PROMPT: u64 = 5_000_000;
 /// A short count without a step forward is repeated, but not for ever.
@@ -54,37 +53,6 @@ impl Asked {
     }
 }
 
-/// What becomes of an error, by FAILURES C.4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Answered,
-    TriedAgain,
-    Held,
-}
-
-fn fate(errno: Errno, lasting: bool, kind: OpKind, age: u64, policy: &Policy) -> Fate {
-    let by = |wish: OnError| match wish {
-        OnError::Report => Fate::Answered,
-        OnError::Hold => Fate::Held,
-        OnError::Retry(patience) if age < nanoseconds(patience) => Fate::TriedAgain,
-        OnError::Retry(_) => Fate::Answered,
-    };
-    if lasting || matches!(kind, OpKind::Flush | OpKind::Status | OpKind::Prefetch) {
-        return Fate::Answered;
-    }
-    match errno.name() {
-        Some("EINTR") => Fate::TriedAgain,
-        Some("EAGAIN" | "EBUSY" | "ENOMEM" | "ENOBUFS") if age < PATIENCE => Fate::TriedAgain,
-        Some("ENOSPC" | "EDQUOT") => by(policy.on_enospc.unwrap_or(policy.on_error)),
-        Some("EFBIG" | "EROFS" | "EPERM" | "EACCES" | "EINVAL" | "EOPNOTSUPP") => Fate::Answered,
-        Some(_) | None => by(policy.on_error),
-    }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    duration.as_nanos() as u64
-}
-
 /// What may go wrong with a disk by the run's own doing.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
@@ -110,6 +78,8 @@ struct State {
     disk: Option<Disk>,
     made: u64,
     answered: u64,
+    left: u64,
+    stops: Stops,
     closing: bool,
     closing_since: Option<u64>,
     /// Drivers that panicked.
@@ -145,6 +115,8 @@ impl Subject {
             disk: None,
             made: 0,
             answered: 0,
+            left: 0,
+            stops: Stops::default(),
             closing: false,
             closing_since: None,
             panics: 0,
@@ -277,7 +249,7 @@ impl Subject {
                 format!("request {request} was answered while {busy} of its operations are in flight"),
             );
         }
-        if let Err((oracle, what)) = self.judge(state, &asked, result) {
+        if let Err((oracle, what)) = self.judge(state, request, &asked, result) {
             let kind = asked.kind.name();
             self.fail(
                 oracle,
@@ -310,9 +282,100 @@ impl Subject {
         self.check_counts(state);
     }
 
+    /// The disk leaves a request to a successor.
+    pub(crate) fn left(&self, request: u64) {
+        if self.is_over() {
+            return;
+        }
+        self.kernel.borrow_mut().note(Event::Left { request });
+        let state = &mut *self.state.borrow_mut();
+        let Some(asked) = state.asked.remove(&request) else {
+            return self.fail("O1", format!("request {request} was left after its end, or never made"));
+        };
+        state.left += 1;
+        let busy = self.kernel.borrow().busy_with(request);
+        if busy > 0 {
+            self.fail(
+                "O1",
+                format!("request {request} was left while {busy} of its operations are in flight"),
+            );
+        }
+        let may_wait = match asked.told {
+            Some((Told::Err { errno, lasting }, at)) => {
+                fate(errno, lasting, asked.kind, at - asked.at, &self.setup.policy) != Fate::Answered
+            }
+            Some((Told::Ok, _)) | None => false,
+        };
+        if !may_wait || !matches!(state.stops.of(request), Some((GiveUp::Leave, _))) {
+            let kind = asked.kind.name();
+            self.fail(
+                "O4",
+                format!("request {request} ({kind}) was left, its storage told {:?}", asked.told),
+            );
+        }
+        if let Some((_, at)) = asked.told
+            && let Err((oracle, what)) = self.check_prompt_end(state, request, at)
+        {
+            self.fail(oracle, format!("request {request} was left {what}"));
+        }
+        if let Some(write) = asked.write {
+            state.model.write_answered(write, false, false);
+        }
+        if asked.kind == OpKind::Read
+            && let Err(what) = state.model.read_answered(request, None)
+        {
+            self.fail("sim", what);
+        }
+        self.check_counts(state);
+    }
+
+    /// Whether a request that waited, after it failed at this time, ends as soon as its session is being stopped.
+    fn check_prompt_end(
+        &self,
+        state: &State,
+        request: u64,
+        failed: u64,
+    ) -> Result<(), (&'static str, String)> {
+        match state.stops.of(request) {
+            Some((_, since)) if !self.setup.impatient && self.now() > since.max(failed) + PROMPT => {
+                let late = (self.now() - since.max(failed)) / 1_000_000;
+                Err(("O4", format!("{late} ms after its session was to stop")))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// A guest stops its session.
+    pub(crate) fn stops(&self, guest: u64, how: GiveUp) {
+        let now = self.now();
+        let what = match how {
+            GiveUp::Tell => "stops its session, guest",
+            GiveUp::Leave => "stops its session and leaves, guest",
+        };
+        self.kernel.borrow_mut().note(Event::Script { what, number: guest });
+        self.state.borrow_mut().stops.begin(guest, how, now);
+    }
+
+    /// A guest's session has stopped.
+    pub(crate) fn stopped(&self, guest: u64) {
+        if self.is_over() {
+            return;
+        }
+        self.kernel
+            .borrow_mut()
+            .note(Event::Script { what: "its session has stopped, guest", number: guest });
+        let mut state = self.state.borrow_mut();
+        state.stops.end(guest);
+        let open = state.asked.keys().filter(|request| Stops::is_of(**request, guest)).count();
+        if open > 0 {
+            self.fail("O1", format!("the session of guest {guest} has stopped with {open} requests open"));
+        }
+    }
+
     fn judge(
         &self,
         state: &State,
+        request: u64,
         asked: &Asked,
         result: &Result<Payload, Errno>,
     ) -> Result<(), (&'static str, String)> {
@@ -383,6 +446,11 @@ impl Subject {
                             Fate::Answered => Ok(()),
                             // What is held is let go of when the disk is closed or fenced.
                             Fate::TriedAgain | Fate::Held if state.closing || state.panics > 0 => Ok(()),
+                            Fate::TriedAgain | Fate::Held
+                                if matches!(state.stops.of(request), Some((GiveUp::Tell, _))) =>
+                            {
+                                self.check_prompt_end(state, request, at)
+                            }
                             fate @ (Fate::TriedAgain | Fate::Held) => {
                                 wrong("O4", &format!("policy {policy:?} wants it {fate:?}"))
                             }
@@ -447,13 +515,13 @@ impl Subject {
         let Some(disk) = &state.disk else { return };
         let stats = disk.stats();
         let in_flight = stats.in_flight + stats.held;
-        if stats.accepted != state.made
-            || stats.answered != state.answered
-            || in_flight != state.made - state.answered
+        let State { made, answered, left, .. } = state;
+        if (stats.accepted, stats.answered, stats.left) != (*made, *answered, *left)
+            || in_flight != made - answered - left
         {
             self.fail(
                 "O1",
-                format!("{} made and {} answered, but the disk counts {stats}", state.made, state.answered),
+                format!("{made} made, {answered} answered, {left} left, but the disk counts {stats}"),
             );
         }
         let failing = state
@@ -503,6 +571,13 @@ impl Subject {
                 "O4",
                 format!("request {request} was held when the disk was closed, and is tried again"),
             );
+        }
+        if let (Some((Told::Err { errno, .. }, _)), Some((_, since))) = (asked.told, state.stops.of(request))
+            && since + PROMPT < now
+        {
+            let what =
+                format!("request {request} failed with {errno} and is tried again for a session that stops");
+            self.fail("O4", what);
         }
         if let Some((told, at)) = asked.told {
             let policy = if state.closing {
@@ -821,38 +896,5 @@ impl Subject {
     /// Forgets the disk, which keeps the executor alive.
     pub(crate) fn forget_disk(&self) {
         self.state.borrow_mut().disk = None;
-    }
-}
-
-/// The errno that a fault must end a call with; `None` for those that are to be dealt with on the way.
-fn hard(fault: &Fault) -> Option<Errno> {
-    let unsupported = |errno: &Errno| {
-        matches!(*errno, Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ESPIPE)
-    };
-    match fault {
-        Fault::Errno(_, Errno::EINTR) | Fault::Short => None,
-        Fault::Errno(Kind::Punch | Kind::Zero, errno) if unsupported(errno) && *errno != Errno::ESPIPE => {
-            None
-        }
-        Fault::Errno(Kind::SeekData, errno)
-            if *errno == Errno::ENXIO || (unsupported(errno) && *errno != Errno::ENODEV) =>
-        {
-            None
-        }
-        Fault::Errno(Kind::WillNeed, _) => None,
-        Fault::Errno(
-            Kind::Read
-            | Kind::Write
-            | Kind::Sync
-            | Kind::Punch
-            | Kind::Zero
-            | Kind::SeekData
-            | Kind::SeekHole
-            | Kind::SeekEnd
-            | Kind::Other,
-            errno,
-        )
-        | Fault::Injected(errno) => Some(*errno),
-        Fault::Nothing | Fault::Shrunk => Some(Errno::EIO),
     }
 }

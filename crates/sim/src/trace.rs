@@ -14,6 +14,8 @@ pub(crate) enum Event {
     Asked { disk: usize, request: u64, kind: OpKind, at: u64, len: u64 },
     /// It was answered: 0 or an errno.
     Answered { request: u64, code: i32 },
+    /// It was left to a successor.
+    Left { request: u64 },
     /// The disk called its storage.
     Called { call: u64, request: Option<u64>, kind: OpKind },
     /// The storage was done: 0 or an errno.
@@ -48,6 +50,7 @@ impl Event {
             ],
             Event::Moved { operation, from, len } => [6, operation, from, len, 0, 0],
             Event::Completed { operation, result } => [7, operation, result as u64, 0, 0, 0],
+            Event::Left { request } => [9, request, 0, 0, 0, 0],
             Event::Script { what, number } => [8, what.len() as u64, number, 0, 0, 0],
         };
         fields.iter().fold(0, |hash, field| mix(hash ^ field).wrapping_add(0x9e37_79b9_7f4a_7c15))
@@ -92,6 +95,7 @@ fn line(at: u64, event: &Event) -> String {
                     write!(f, "disk {disk}: request {request}: {} {at}+{len}", kind.name())
                 }
                 Event::Answered { request, code } => write!(f, "        request {request} answered {code}"),
+                Event::Left { request } => write!(f, "        request {request} left"),
                 Event::Called { call, request, kind } => {
                     write!(f, "        call {call} for request {}: {}", of(*request), kind.name())
                 }

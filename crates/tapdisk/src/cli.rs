@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use disk::OnError;
-use guest::nbd::Address;
+use guest::listen::Address;
 use storage::filter::Rule;
 
 use crate::size;
@@ -61,7 +61,7 @@ pub(crate) struct Serve {
 
     /// Where to serve it by NBD: `unix:PATH` or `tcp:ADDRESS:PORT`. May be given several times
     ///
-    /// Without it: a unix socket named after the image, in $XDG_RUNTIME_DIR, in /run for root, else in the current
+    /// Without it and without `--vhost-user`: a unix socket named after the image, in $XDG_RUNTIME_DIR, in /run for root, else in the current
     /// directory. Sockets are for this user alone (mode 0600), one that a dead server left is replaced, one in use is
     /// refused.
     #[arg(long, value_name = "ADDRESS", value_parser = Address::from_str)]
@@ -70,6 +70,28 @@ pub(crate) struct Serve {
     /// The name of the export that NBD clients may ask for, besides the empty one
     #[arg(long, value_name = "NAME", default_value = "")]
     pub(crate) export: String,
+
+    /// A unix socket where the front end of a guest finds it as a virtio disk (vhost-user-blk): QEMU, Cloud Hypervisor,
+    /// crosvm. May be given several times; each serves one guest at a time
+    ///
+    /// With it there is no NBD unless `--nbd` is given too. When tapdisk dies or is stopped, the guest waits until it is
+    /// started again with the same socket, and then goes on: requests that were under way are done once more.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) vhost_user: Vec<PathBuf>,
+
+    /// How many queues a guest may have on a `--vhost-user` disk; QEMU asks for one for each of the guest's processors
+    #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) queues: u16,
+
+    /// Bytes of a logical block as `--vhost-user` guests see it. A disk that was partitioned with one size is of no use
+    /// with the other
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = block_size)]
+    pub(crate) block_size: u32,
+
+    /// Register the memory of `--vhost-user` guests with the kernel: a little less CPU for each request, but all of that
+    /// memory is pinned, so that neither a balloon nor free page reporting gives any of it back to the host
+    #[arg(long, hide_short_help = true)]
+    pub(crate) pin_guest_memory: bool,
 
     /// Let `--nbd tcp:` listen on other than loopback addresses. There is no encryption and no password: anyone who
     /// can connect can read and write the disk
@@ -118,6 +140,8 @@ Examples:
       tapdisk serve disk.raw --create 1G
   A volume, on a socket of a given name; requests that find it full wait for space:
       tapdisk serve /dev/vg/guest --nbd unix:/run/guest.sock --on-enospc hold
+  A disk for a QEMU guest, by vhost-user:
+      tapdisk serve disk.raw --vhost-user /run/guest.sock
   Sectors 1000 to 1007 cannot be read:
       tapdisk serve disk.raw --fault read:EIO:1000s..1008s
 ";
@@ -201,6 +225,14 @@ fn on_error(text: &str) -> Result<OnError, String> {
     }
 }
 
+fn block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" | "4K" | "4k" => Ok(4096),
+        _ => Err(format!("`{text}` is neither 512 nor 4096")),
+    }
+}
+
 /// The least that lets the largest request (32 MiB) through beside others.
 const MEMORY_MIN: u64 = 64 << 20;
 
@@ -254,6 +286,8 @@ mod tests {
             (vec!["disk", "--on-error", "retry:0"], "no number of seconds"),
             (vec!["disk", "--on-error", "panic"], "none of report, hold and retry:SECONDS"),
             (vec!["disk", "--memory", "1M"], "at least 64M"),
+            (vec!["disk", "--block-size", "1024"], "neither 512 nor 4096"),
+            (vec!["disk", "--queues", "0"], "not in 1..=256"),
             (vec!["disk", "--create", "12Q"], "no unit of size"),
             (vec!["ram:lots"], "no unit of size"),
             (vec!["disk", "--fault", "write:EWHAT"], "no action"),

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::Context;
 use block::Pool;
 use disk::{Config, Disk, Policy};
-use guest::nbd::{Address, Exports, Listener, Server, Settings};
+use guest::listen::{Address, Listener};
+use guest::nbd::{Exports, Server, Settings};
+use guest::vhost;
 use image::{Chain, Raw};
 use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
@@ -100,6 +102,10 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     for address in addresses(arguments)? {
         listeners.extend(Listener::bind(&address, arguments.allow_remote)?);
     }
+    let mut front_doors = Vec::new();
+    for path in &arguments.vhost_user {
+        front_doors.push(Listener::unix(&std::path::absolute(path)?)?);
+    }
     let storage = storage::filter::inject(&handle, contents.storage, arguments.fault.clone());
     let chain: Rc<dyn Storage> = Rc::new(Chain::new(Rc::new(Raw::new(storage))));
     let config = Config {
@@ -108,18 +114,32 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         policy: Policy { on_error: arguments.on_error, on_enospc: arguments.on_enospc },
     };
     let settings = Settings { memory: arguments.memory as usize, ..Settings::default() };
-    let uris: Vec<String> = listeners.iter().map(|listener| listener.uri(&arguments.export)).collect();
+    let front_settings = vhost::Settings {
+        name: arguments.image.name(),
+        queues: arguments.queues,
+        block: arguments.block_size,
+        id: arguments.image.name(),
+        pin_memory: arguments.pin_guest_memory,
+    };
+    let places = Places {
+        uris: listeners.iter().map(|listener| listener.uri(&arguments.export)).collect(),
+        sockets: front_doors.iter().map(ToString::to_string).collect(),
+    };
     let export = arguments.export.clone();
     let (disk, how) = (Disk::new(&handle, chain, config), contents.how);
     runtime.block_on(async move {
         let exports = Exports::one(&export, disk.name(), Rc::new(disk.clone()))?;
-        let server = Server::new(handle, exports, settings);
+        let server = Server::new(handle.clone(), exports, settings);
         listeners.into_iter().for_each(|listener| server.listen(listener));
-        announce(&disk, &how, &uris);
+        let guests = vhost::Server::new(handle, Rc::new(disk.clone()), front_settings);
+        front_doors.into_iter().for_each(|listener| guests.listen(listener));
+        announce(&disk, &how, &places);
         while let Message::LogState = mailbox.receive().await {
             disk.log_state();
         }
         tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
+        // Guests first: what is held for one stays with it for whoever serves it next.
+        guests.drain().await;
         disk.give_up_held();
         server.drain().await;
         let flushed = disk.close().await;
@@ -192,7 +212,16 @@ fn describe(opened: &Opened, arguments: &Serve) -> String {
     format!("{kind}{made}, {io}")
 }
 
-fn announce(disk: &Disk, how: &str, uris: &[String]) {
+/// Where it is served.
+struct Places {
+    /// To NBD clients.
+    uris: Vec<String>,
+    /// To the front ends of guests.
+    sockets: Vec<String>,
+}
+
+fn announce(disk: &Disk, how: &str, places: &Places) {
+    let Places { uris, sockets } = places;
     let mut text = format!("Serving {}: {}, {how}", disk.name(), size::show(disk.size()));
     if disk.limits().read_only {
         text.push_str(", read-only");
@@ -202,6 +231,18 @@ fn announce(disk: &Disk, how: &str, uris: &[String]) {
     }
     if let Some(uri) = uris.first() {
         text.push_str(&format!("\n    try nbdinfo '{uri}'\n     or qemu-img info '{uri}'"));
+    }
+    for socket in sockets {
+        text.push_str(&format!("\n    at  {socket} (vhost-user-blk)"));
+    }
+    if let Some(socket) = sockets.first() {
+        // In the words of QEMU, where a comma in a value is written twice.
+        let socket = socket.replace(',', ",,");
+        text.push_str(&format!(
+            "\n    try qemu-system-x86_64 … -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on \
+             -machine memory-backend=mem \\\n        -chardev socket,id=disk,path={socket},reconnect-ms=500 \
+             -device vhost-user-blk-pci,chardev=disk"
+        ));
     }
     if !disk.size().is_multiple_of(512) {
         text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");
@@ -215,7 +256,7 @@ fn announce(disk: &Disk, how: &str, uris: &[String]) {
 
 /// Where to listen: what was asked for, else a socket named after the image where this user's sockets are.
 fn addresses(arguments: &Serve) -> anyhow::Result<Vec<Address>> {
-    if !arguments.nbd.is_empty() {
+    if !arguments.nbd.is_empty() || !arguments.vhost_user.is_empty() {
         return arguments.nbd.iter().map(absolute).collect();
     }
     let directory = match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {

@@ -3,9 +3,11 @@
 //! Each takes bytes that a client sends, puts them to the server, and panics where what comes back is not what the
 //! protocol demands.
 
+mod messages;
 mod negotiation;
 mod transmission;
 
+pub use messages::messages;
 pub use negotiation::negotiation;
 pub use transmission::transmission;
 

@@ -2,18 +2,19 @@
 
 use std::rc::Rc;
 
-use block::{Limits, Request};
+use block::Limits;
+use runtime::BoxFuture;
 
 use super::Bytes;
-use crate::Disk;
 use crate::nbd::fuzzing::{Heard, Negotiator};
+use crate::{Disk, Session};
 
 /// A disk that nobody gets to.
 struct Nothing;
 
 impl Disk for Nothing {
-    fn submit(&self, request: Request) {
-        panic!("a request in a handshake: {request:?}");
+    fn session(&self) -> Box<dyn Session> {
+        panic!("requests in a handshake");
     }
 
     fn size(&self) -> u64 {
@@ -22,6 +23,10 @@ impl Disk for Nothing {
 
     fn limits(&self) -> Limits {
         Limits { align: 512, preferred: 4096, read_only: false, fast_zero: true }
+    }
+
+    fn resized(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
     }
 }
 

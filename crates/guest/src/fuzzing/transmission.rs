@@ -9,8 +9,8 @@ use block::{Buf, Errno, Limits, Op, Payload, Pool, Request, Run};
 use runtime::{BoxFuture, Fd, Handle, RingFlags, Runtime, Uring, join_all};
 
 use super::Bytes;
-use crate::Disk;
 use crate::nbd::{Exports, Server, Settings};
+use crate::{Disk, GiveUp, Session};
 
 const SIZE: u64 = 64 << 10;
 const SIMPLE: u8 = 0;
@@ -81,12 +81,13 @@ fn number(bytes: &mut [u8], style: u8) -> Asked {
 fn exchange(runtime: &Runtime, style: u8, mood: u8, step: usize, bytes: Vec<u8>) -> Vec<u8> {
     let handle = runtime.handle().clone();
     let heard = runtime.block_on(async move {
-        let disk = Rc::new(Moody {
+        let disk = Rc::new(Moody(Rc::new(Mood {
             handle: handle.clone(),
             mood,
             nth: Cell::new(0),
+            late: Cell::new(0),
             bytes: RefCell::new(vec![7; SIZE as usize]),
-        });
+        })));
         let exports = Exports::one("disk", "", disk).expect("the name is a name");
         let server = Server::new(handle.clone(), exports, Settings::default());
         let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
@@ -228,34 +229,22 @@ fn answer(bytes: &mut Bytes<'_>, style: u8, open: &HashMap<u64, (u16, u64)>) -> 
     Some((cookie, error, len))
 }
 
-/// A disk that answers at once, later, with an error or not at all, as its mood is.
-struct Moody {
+/// A disk that answers at once, later, with an error or not at all, as its mood is. It has one session, for the one
+/// client.
+struct Moody(Rc<Mood>);
+
+struct Mood {
     handle: Handle,
     mood: u8,
     nth: Cell<u8>,
+    /// Requests that are to be answered later.
+    late: Cell<usize>,
     bytes: RefCell<Vec<u8>>,
 }
 
 impl Disk for Moody {
-    fn submit(&self, request: Request) {
-        let nth = self.nth.replace(self.nth.get().wrapping_add(1));
-        match nth.wrapping_mul(self.mood) % 8 {
-            0..=3 => self.perform(request),
-            4 => request.reply.send(Err(Errno::EIO)),
-            5 => request.reply.send(Err(Errno::EOPNOTSUPP)),
-            6 => drop(request),
-            _ => {
-                self.perform_op(&request.op);
-                let handle = self.handle.clone();
-                self.handle.spawn(async move {
-                    for _ in 0..nth {
-                        handle.yield_now().await;
-                    }
-                    let payload = payload(&request.op);
-                    request.reply.send(Ok(payload));
-                });
-            }
-        }
+    fn session(&self) -> Box<dyn Session> {
+        Box::new(Moody(self.0.clone()))
     }
 
     fn size(&self) -> u64 {
@@ -263,11 +252,48 @@ impl Disk for Moody {
     }
 
     fn limits(&self) -> Limits {
-        Limits { align: 512, preferred: 4096, read_only: self.mood == 255, fast_zero: true }
+        Limits { align: 512, preferred: 4096, read_only: self.0.mood == 255, fast_zero: true }
+    }
+
+    fn resized(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
     }
 }
 
-impl Moody {
+impl Session for Moody {
+    fn submit(&self, request: Request) {
+        let nth = self.0.nth.replace(self.0.nth.get().wrapping_add(1));
+        match nth.wrapping_mul(self.0.mood) % 8 {
+            0..=3 => self.0.perform(request),
+            4 => request.reply.send(Err(Errno::EIO)),
+            5 => request.reply.send(Err(Errno::EOPNOTSUPP)),
+            6 => drop(request),
+            _ => {
+                self.0.perform_op(&request.op);
+                let mood = self.0.clone();
+                mood.late.set(mood.late.get() + 1);
+                self.0.handle.spawn(async move {
+                    for _ in 0..nth {
+                        mood.handle.yield_now().await;
+                    }
+                    let payload = payload(&request.op);
+                    request.reply.send(Ok(payload));
+                    mood.late.set(mood.late.get() - 1);
+                });
+            }
+        }
+    }
+
+    fn stop(&self, _how: GiveUp) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            while self.0.late.get() > 0 {
+                self.0.handle.yield_now().await;
+            }
+        })
+    }
+}
+
+impl Mood {
     fn perform(&self, request: Request) {
         self.perform_op(&request.op);
         let payload = payload(&request.op);

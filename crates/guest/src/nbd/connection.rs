@@ -12,8 +12,8 @@ use super::peer::{Peer, Reason};
 use super::reply::{self, Head, To};
 use super::request::Asked;
 use super::wire::Style;
-use crate::Disk;
 use crate::budget::Taken;
+use crate::{Disk, GiveUp, Session};
 
 /// Requests that one client may have out: taken, and their answers not yet handed to the kernel. Beyond it nothing
 /// more is received from this client. Clients in use have 16 to 64 in flight.
@@ -24,6 +24,7 @@ pub(crate) struct Connection {
     peer: Rc<Peer>,
     style: Style,
     disk: Rc<dyn Disk>,
+    session: Box<dyn Session>,
     state: RefCell<State>,
 }
 
@@ -74,7 +75,8 @@ impl Connection {
             is_sender_idle: false,
             sender: Waker::noop().clone(),
         };
-        Connection { peer, style, disk, state: RefCell::new(state) }
+        let session = disk.session();
+        Connection { peer, style, disk, session, state: RefCell::new(state) }
     }
 
     pub(crate) fn peer(&self) -> &Rc<Peer> {
@@ -93,6 +95,12 @@ impl Connection {
     /// Whether no request is out.
     pub(crate) fn is_settled(&self) -> bool {
         self.state.borrow().out.is_empty()
+    }
+
+    /// Waits until the disk has no request of this client. Nothing waits for the cause of an error to go away: the
+    /// client, if it still listens, hears the error.
+    pub(crate) async fn give_up(&self) {
+        self.session.stop(GiveUp::Tell).await;
     }
 
     /// Waits until no request is out.
@@ -150,7 +158,7 @@ impl Connection {
         };
         let ticket = self.take(Out { cookie, at, kind, buf, memory });
         self.peer.unanswered.set(self.peer.unanswered.get() + 1);
-        self.disk.submit(Request { op, reply: Reply::new(self.clone(), ticket) });
+        self.session.submit(Request { op, reply: Reply::new(self.clone(), ticket) });
     }
 
     /// Answers a request that asks for nothing.

@@ -5,10 +5,8 @@
 //! requests are taken while answers are sent; what keeps a client within bounds is a limit on the requests that it
 //! has out and the memory that it shares with all others (`crate::budget`).
 
-mod complaints;
 mod connection;
 mod export;
-mod listen;
 mod negotiation;
 mod outbox;
 mod peer;
@@ -16,13 +14,11 @@ mod reply;
 mod request;
 mod server;
 mod session;
-mod signal;
 mod status;
 mod stream;
 mod wire;
 
 pub use export::{BadName, Export, Exports};
-pub use listen::{Address, BadAddress, ListenError, Listener};
 pub use peer::Patience;
 pub use server::{Server, Settings, Stats};
 

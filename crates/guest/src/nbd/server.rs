@@ -1,5 +1,6 @@
 //! A server of NBD: it accepts clients, looks after them, and shows them out.
 
+use runtime::Handle;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -7,24 +8,17 @@ use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use std::time::Duration;
 
-use block::Errno;
-use runtime::Handle;
-
-use super::complaints::Complaints;
 use super::connection::{Connection, DropOnPanic, FinishWhenDropped};
 use super::export::Exports;
-use super::listen::{Listener, Origin};
 use super::negotiation::Negotiation;
 use super::peer::{End, Patience, Peer};
 use super::session;
-use super::signal::Signal;
 use super::stream::LargeBuffers;
 use crate::budget::Budget;
-
-/// How long to wait before accepting again when the host has no descriptor or no memory for a connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+use crate::complaints::Complaints;
+use crate::listen::{Listener, Origin};
+use crate::signal::Signal;
 
 /// What an operator can choose.
 #[derive(Clone, Debug)]
@@ -148,27 +142,13 @@ impl Server {
 
 impl Shared {
     async fn accept_clients(self: &Rc<Self>, listener: Listener) {
-        let socket = match listener.socket() {
-            Ok(socket) => self.handle.register(socket),
-            Err(errno) => return tracing::error!(%listener, %errno, "the listener cannot be used"),
+        let mut door = match listener.open(&self.handle) {
+            Ok(door) => door,
+            Err(errno) => return tracing::error!(%errno, "a listener cannot be used"),
         };
-        let mut is_short = false;
-        while let Some(accepted) = self.closing.or(self.handle.accept(&socket)).await {
-            match accepted {
-                Ok(client) => {
-                    is_short = false;
-                    let origin = Origin::of(&client);
-                    self.welcome(client, origin);
-                }
-                // The client left before it was accepted.
-                Err(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
-                Err(errno) => {
-                    if !std::mem::replace(&mut is_short, true) {
-                        tracing::warn!(%listener, %errno, "no client can be accepted now; trying on");
-                    }
-                    self.closing.or(self.handle.sleep(ACCEPT_PAUSE)).await;
-                }
-            }
+        while let Some(client) = door.next(&self.closing).await {
+            let origin = Origin::of(&client);
+            self.welcome(client, origin);
         }
     }
 

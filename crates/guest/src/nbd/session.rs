@@ -83,15 +83,18 @@ pub(crate) async fn transmit(
         .await;
     peer.is_receiving.set(false);
     let was_busy = !stream.is_empty() || !connection.is_settled();
+    peer.enter(Phase::Leaving);
     match end {
         // "Either side MAY initiate a hard disconnect if it detects a violation by the other party".
         End::Request(_) | End::Handshake(_) | End::Failed(_) | End::Dropped(_) => {
             connection.mute();
             peer.cut();
+            connection.give_up().await;
         }
-        End::Closed | End::Truncated | End::Disconnected | End::Drained => {}
+        End::Closed | End::Truncated | End::Disconnected => connection.give_up().await,
+        // The client is still there: how long its requests are held is up to who ends the disk.
+        End::Drained => {}
     }
-    peer.enter(Phase::Leaving);
     connection.settled().await;
     // One that left in order but did not take its last answers has not had them.
     let end = peer.dropped_for().map_or(end, End::Dropped);

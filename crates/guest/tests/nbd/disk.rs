@@ -1,13 +1,13 @@
 //! A disk in memory that answers rightly, wrongly, late or not at all: as a script says.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use block::{Errno, Limits, Op, OpKind, Payload, Request, Run};
-use guest::Disk;
-use runtime::Handle;
+use guest::{Disk, GiveUp, Session};
+use runtime::{BoxFuture, Handle};
 
 /// What the disk is to do with a request.
 #[derive(Clone, Copy, Debug)]
@@ -18,8 +18,10 @@ pub(crate) enum Act {
     Fail(Errno),
     /// Do it after this many microseconds.
     Late(u64),
-    /// Keep it until [`Scripted::release`].
-    Hold,
+    /// Have storage work on it until [`Scripted::release`].
+    Stick,
+    /// Hold it for an error, until [`Scripted::release`] or the end of its session.
+    Hold(Errno),
     /// Lose it: its reply is dropped unanswered.
     Lose,
 }
@@ -38,13 +40,31 @@ pub(crate) struct Seen {
 pub(crate) type Script = Box<dyn FnMut(usize, &Seen) -> Act + Send>;
 pub(crate) type Log = Arc<Mutex<Vec<Seen>>>;
 
-pub(crate) struct Scripted {
+pub(crate) struct Scripted(Rc<Inner>);
+
+struct Inner {
     handle: Handle,
-    bytes: Rc<RefCell<Vec<u8>>>,
+    bytes: RefCell<Vec<u8>>,
     limits: Limits,
     script: RefCell<Script>,
     log: Log,
-    held: RefCell<Vec<Request>>,
+    kept: RefCell<Vec<Kept>>,
+    sessions: Cell<u64>,
+}
+
+/// A request that is not answered yet.
+struct Kept {
+    session: u64,
+    nth: usize,
+    /// Why it is held; `None` while storage works on it.
+    held: Option<Errno>,
+    request: Request,
+}
+
+/// One of the clients of the disk.
+struct Asking {
+    disk: Rc<Inner>,
+    number: u64,
 }
 
 /// The byte at this place of a fresh disk.
@@ -54,54 +74,89 @@ pub(crate) fn byte_at(at: u64) -> u8 {
 
 impl Scripted {
     pub(crate) fn new(handle: Handle, size: usize, read_only: bool, script: Script, log: Log) -> Scripted {
-        Scripted {
+        Scripted(Rc::new(Inner {
             handle,
-            bytes: Rc::new(RefCell::new((0..size as u64).map(byte_at).collect())),
+            bytes: RefCell::new((0..size as u64).map(byte_at).collect()),
             limits: Limits { align: 512, preferred: 4096, read_only, fast_zero: true },
             script: RefCell::new(script),
             log,
-            held: RefCell::default(),
-        }
+            kept: RefCell::default(),
+            sessions: Cell::new(0),
+        }))
     }
 
-    /// Does what was held.
+    /// Does what storage works on and what is held.
     pub(crate) fn release(&self) {
-        for request in self.held.take() {
-            perform(&self.bytes, request);
+        for kept in self.0.kept.take() {
+            perform(&self.0.bytes, kept.request);
         }
     }
 }
 
 impl Disk for Scripted {
+    fn session(&self) -> Box<dyn Session> {
+        let number = self.0.sessions.replace(self.0.sessions.get() + 1);
+        Box::new(Asking { disk: self.0.clone(), number })
+    }
+
+    fn size(&self) -> u64 {
+        self.0.bytes.borrow().len() as u64
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.limits
+    }
+
+    fn resized(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+}
+
+impl Session for Asking {
     fn submit(&self, request: Request) {
+        let (disk, session) = (&self.disk, self.number);
         let seen = describe(&request.op);
         let nth = {
-            let mut log = self.log.lock().unwrap();
+            let mut log = disk.log.lock().unwrap();
             log.push(seen.clone());
             log.len() - 1
         };
-        let act = (self.script.borrow_mut())(nth, &seen);
+        let act = (disk.script.borrow_mut())(nth, &seen);
+        let keep = |held, request| disk.kept.borrow_mut().push(Kept { session, nth, held, request });
         match act {
-            Act::Do => perform(&self.bytes, request),
+            Act::Do => perform(&disk.bytes, request),
             Act::Fail(errno) => request.reply.send(Err(errno)),
             Act::Late(us) => {
-                let (handle, bytes) = (self.handle.clone(), self.bytes.clone());
-                self.handle.spawn(async move {
-                    handle.sleep(Duration::from_micros(us)).await;
-                    perform(&bytes, request);
+                keep(None, request);
+                let disk = disk.clone();
+                disk.handle.clone().spawn(async move {
+                    disk.handle.sleep(Duration::from_micros(us)).await;
+                    for kept in disk.kept.borrow_mut().extract_if(.., |kept| kept.nth == nth) {
+                        perform(&disk.bytes, kept.request);
+                    }
                 });
             }
-            Act::Hold => self.held.borrow_mut().push(request),
+            Act::Stick => keep(None, request),
+            Act::Hold(errno) => keep(Some(errno), request),
             Act::Lose => drop(request),
         }
     }
 
-    fn size(&self) -> u64 {
-        self.bytes.borrow().len() as u64
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
+    fn stop(&self, how: GiveUp) -> BoxFuture<'_, ()> {
+        assert_eq!(how, GiveUp::Tell, "no record of a client's requests outlives its connection");
+        let ours = |kept: &Kept| kept.session == self.number;
+        Box::pin(async move {
+            let held: Vec<Kept> = {
+                let mut kept = self.disk.kept.borrow_mut();
+                kept.extract_if(.., |kept| ours(kept) && kept.held.is_some()).collect()
+            };
+            for Kept { held, request, .. } in held {
+                request.reply.send(Err(held.unwrap()));
+            }
+            while self.disk.kept.borrow().iter().any(ours) {
+                self.disk.handle.sleep(Duration::from_millis(1)).await;
+            }
+        })
     }
 }
 

@@ -321,7 +321,7 @@ fn a_client_that_holds_memory_and_does_not_move_is_dropped_when_others_wait() {
 
 #[test]
 fn no_more_requests_are_taken_than_the_limit_says() {
-    let server = Plan::scripted(|_, _| Act::Hold).start();
+    let server = Plan::scripted(|_, _| Act::Stick).start();
     let mut client = Client::connect(&server.path(), Style::Structured);
     let bytes: Vec<u8> =
         (0..1000).flat_map(|cookie| header(Style::Structured, READ, 0, cookie, 0, 512)).collect();

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
+use block::Errno;
 use guest::nbd::{Patience, Settings};
 
 use crate::client::*;
@@ -86,7 +87,7 @@ fn a_client_that_leaves_and_does_not_read_is_dropped() {
 
 #[test]
 fn requests_of_a_client_that_is_gone_finish_in_the_disk() {
-    let server = Plan::scripted(|_, _| Act::Hold).start();
+    let server = Plan::scripted(|_, _| Act::Stick).start();
     let mut client = Client::connect(&server.path(), Style::Structured);
     for nth in 0..10 {
         client.write(nth, nth * 512, &[9; 512]);
@@ -100,6 +101,43 @@ fn requests_of_a_client_that_is_gone_finish_in_the_disk() {
     server.release();
     server.until("all is given back", |stats| stats.connections == 0 && stats.memory == 0);
     assert_eq!(server.stats().requests, 10);
+}
+
+#[test]
+fn what_is_held_for_a_client_ends_with_it_and_nobody_elses() {
+    for is_heard in [true, false] {
+        let server = Plan::scripted(|nth, _| match nth % 3 {
+            0 => Act::Stick,
+            1 | 2 => Act::Hold(Errno::ENOSPC),
+            3.. => unreachable!(),
+        })
+        .start();
+        let mut other = Client::connect(&server.path(), Style::Structured);
+        let mut client = Client::connect(&server.path(), Style::Structured);
+        for nth in 0..3 {
+            other.write(nth, nth * 512, &[1; 512]);
+        }
+        server.until("the disk has them", |stats| stats.unanswered == 3);
+        for nth in 0..9 {
+            client.write(nth, nth * 512, &[9; 512]);
+        }
+        server.until("the disk has them all", |stats| stats.unanswered == 12);
+        client.stream.shutdown(if is_heard { Shutdown::Write } else { Shutdown::Both }).unwrap();
+        server.until("what is held ends", |stats| stats.unanswered == 6);
+        assert_eq!(server.stats().connections, 2, "and the rest is waited for");
+        server.release();
+        server.until("the client is gone", |stats| stats.connections == 1);
+        if is_heard {
+            let mut errors: Vec<_> = (0..9).map(|_| client.answer()).map(|a| (a.cookie, a.error)).collect();
+            errors.sort_unstable();
+            let expected: Vec<_> = (0..9).map(|nth| (nth, if nth % 3 == 0 { 0 } else { 28 })).collect();
+            assert_eq!(errors, expected);
+            client.end();
+        }
+        for _ in 0..3 {
+            assert_eq!(other.answer().error, 0);
+        }
+    }
 }
 
 #[test]

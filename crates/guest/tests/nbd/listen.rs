@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use guest::nbd::{Address, ListenError, Listener};
+use guest::listen::{Address, ListenError, Listener};
 
 #[test]
 fn only_the_owner_can_reach_a_unix_socket() {

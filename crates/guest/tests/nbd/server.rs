@@ -10,7 +10,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use block::Pool;
-use guest::nbd::{Exports, Listener, Server, Settings, Stats};
+use guest::listen::Listener;
+use guest::nbd::{Exports, Server, Settings, Stats};
 use runtime::{Mailbox, RingFlags, Runtime, Uring};
 
 use crate::disk::{Act, Log, Script, Scripted, Seen};

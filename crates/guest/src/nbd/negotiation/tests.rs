@@ -1,9 +1,10 @@
 //! The handshake as the specification writes it: the numbers here are copied from its text, not from our code.
 
-use block::{Limits, Request};
+use block::Limits;
+use runtime::BoxFuture;
 
 use super::*;
-use crate::Disk;
+use crate::{Disk, Session};
 
 struct Still {
     size: u64,
@@ -11,8 +12,8 @@ struct Still {
 }
 
 impl Disk for Still {
-    fn submit(&self, _request: Request) {
-        panic!("nothing is submitted in a handshake");
+    fn session(&self) -> Box<dyn Session> {
+        panic!("nothing is asked of the disk in a handshake");
     }
 
     fn size(&self) -> u64 {
@@ -21,6 +22,10 @@ impl Disk for Still {
 
     fn limits(&self) -> Limits {
         Limits { align: 512, preferred: 4096, read_only: self.read_only, fast_zero: false }
+    }
+
+    fn resized(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
     }
 }
 

@@ -1,76 +1,23 @@
-//! A load on one connection: it keeps a number of requests in flight, checks each answer, and times them.
+//! A load on an NBD connection.
 //!
-//! It must cost little, so that it is the server that is measured: all requests that can be sent go out in one
-//! system call, all replies that have arrived come in with one, and payload is copied nowhere but by the kernel.
-//! At depth 1 that is a plain send and receive.
+//! All requests that can be sent go out in one system call, all replies that have arrived come in with one, and payload
+//! is copied nowhere but by the kernel. At depth 1 that is a plain send and receive.
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::time::{ClockId, clock_gettime};
 
-use crate::cell::{Cell, DEPTH_MAX, Direction, Figures, Offsets};
+use crate::cell::{Cell, DEPTH_MAX, Direction, Offsets};
 use crate::client::{CMD_READ, CMD_WRITE, Client, REPLY_LEN, REQUEST_LEN, fill_request, parse_reply};
-use crate::cpu::Meter;
-use crate::histogram::Histogram;
 use crate::image::{Contents, STAMP_LEN, fill, is_stamped};
+use crate::load::{self, Tally};
 
 /// Large enough for all replies of 4 KiB that can be in flight, small enough for the second level cache.
 const RECEIVE_LEN: usize = 256 << 10;
 
-/// How long to run: first a while that does not count.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Span {
-    pub(crate) warm: Duration,
-    pub(crate) counted: Duration,
-}
-
-/// Runs one cell against a server and says what it did. An error is a wrong or missing answer.
-pub(crate) fn run(
-    client: Client,
-    cell: &Cell,
-    contents: Contents,
-    span: Span,
-    meter: &Meter,
-) -> Result<Figures> {
-    let mut load = Load::new(client, cell, contents);
-    load.start()?;
-
-    let warmed = Instant::now() + span.warm;
-    while load.turn()? < warmed {}
-
-    let (cpu, own, start) = (meter.read()?, own_cpu(), Instant::now());
-    load.tally = Tally::new();
-    while load.turn()? < start + span.counted {}
-    let took = start.elapsed();
-    let (own, cpu) = (own_cpu() - own, meter.read()?.since(&cpu));
-
-    let tally = std::mem::replace(&mut load.tally, Tally::new());
-    ensure!(tally.served > 0, "nothing was served in {took:?}");
-    load.finish()?;
-    Ok(Figures {
-        iops: tally.served as f64 / took.as_secs_f64(),
-        cpu_us: cpu.as_secs_f64() * 1e6 / tally.served as f64,
-        p50_us: tally.latencies.quantile_us(0.50),
-        p99_us: tally.latencies.quantile_us(0.99),
-        client_busy: Some(own.as_secs_f64() / took.as_secs_f64()),
-    })
-}
-
-/// Writes all of an export once, so that a memory back end holds what a reader expects.
-pub(crate) fn write_all(client: Client, cell: &Cell) -> Result<()> {
-    let requests = client.size / cell.len as u64;
-    let mut load = Load::new(client, cell, Contents::Unknown);
-    load.start()?;
-    while load.tally.served < requests {
-        load.turn()?;
-    }
-    load.finish()
-}
-
-struct Load<'a> {
+pub(crate) struct Load<'a> {
     client: Client,
     cell: &'a Cell,
     contents: Contents,
@@ -97,19 +44,8 @@ struct Slot {
     sent: Option<Instant>,
 }
 
-struct Tally {
-    served: u64,
-    latencies: Histogram,
-}
-
-impl Tally {
-    fn new() -> Tally {
-        Tally { served: 0, latencies: Histogram::new() }
-    }
-}
-
 impl<'a> Load<'a> {
-    fn new(client: Client, cell: &'a Cell, contents: Contents) -> Load<'a> {
+    pub(crate) fn new(client: Client, cell: &'a Cell, contents: Contents) -> Load<'a> {
         let offsets = cell.offsets(client.size);
         let frame_len = match cell.direction {
             Direction::Read => REQUEST_LEN,
@@ -129,27 +65,6 @@ impl<'a> Load<'a> {
             arriving: None,
             tally: Tally::new(),
         }
-    }
-
-    fn start(&mut self) -> Result<()> {
-        self.ready.extend(0..self.cell.depth);
-        self.send(Instant::now())
-    }
-
-    /// Takes the answers that are there, waiting for the first, and sends as many new requests. Says what time it is.
-    fn turn(&mut self) -> Result<Instant> {
-        let now = self.receive()?;
-        self.send(now)?;
-        Ok(now)
-    }
-
-    /// Takes the answers that are still to come, and leaves.
-    fn finish(mut self) -> Result<()> {
-        while self.slots.iter().any(|slot| slot.sent.is_some()) {
-            self.receive()?;
-        }
-        ensure!(self.held == 0, "{} bytes more than were asked for", self.held);
-        self.client.disconnect()
     }
 
     /// Sends a request from each slot that is ready. This blocks while the server takes nothing, and can't lock up:
@@ -240,10 +155,34 @@ impl<'a> Load<'a> {
 
     fn complete(&mut self, index: usize, now: Instant) {
         if let Some(sent) = self.slots[index].sent.take() {
-            self.tally.served += 1;
-            self.tally.latencies.count(now.saturating_duration_since(sent));
+            self.tally.count(now.saturating_duration_since(sent));
             self.ready.push(index);
         }
+    }
+}
+
+impl load::Load for Load<'_> {
+    fn start(&mut self) -> Result<()> {
+        self.ready.extend(0..self.cell.depth);
+        self.send(Instant::now())
+    }
+
+    fn turn(&mut self) -> Result<Instant> {
+        let now = self.receive()?;
+        self.send(now)?;
+        Ok(now)
+    }
+
+    fn finish(mut self) -> Result<()> {
+        while self.slots.iter().any(|slot| slot.sent.is_some()) {
+            self.receive()?;
+        }
+        ensure!(self.held == 0, "{} bytes more than were asked for", self.held);
+        self.client.disconnect()
+    }
+
+    fn tally(&mut self) -> &mut Tally {
+        &mut self.tally
     }
 }
 
@@ -267,18 +206,13 @@ fn write_frames(stream: &mut UnixStream, slots: &[Slot], ready: &[usize]) -> io:
     Ok(())
 }
 
-/// The CPU time of this thread so far.
-pub(crate) fn own_cpu() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cell::CELLS;
     use crate::client::reply;
     use crate::ideal;
+    use crate::load::Load as _;
     use std::thread;
 
     const SIZE: u64 = 64 << 20;

@@ -1,4 +1,4 @@
-//! Where clients come in: a unix socket or a TCP port, and who it is that comes.
+//! Where clients and front ends come in: a unix socket or a TCP port, and who it is that comes.
 
 use std::fmt;
 use std::io;
@@ -6,13 +6,19 @@ use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::str::FromStr;
 use std::time::Duration;
 
 use block::Errno;
+use runtime::{Fd, Handle};
 use rustix::fs::{FlockOperation, Mode};
 use rustix::net::{AddressFamily, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
+use crate::signal::Signal;
+
+/// How long to wait before accepting again when the host has no descriptor or no memory for a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 /// Bytes that the kernel keeps for a unix socket's reader (it doubles this, for its own needs): answers to 32 reads
@@ -189,8 +195,42 @@ impl Listener {
         }
     }
 
-    pub(crate) fn socket(&self) -> Result<OwnedFd, Errno> {
-        self.socket.try_clone().map_err(|error| Errno::from_std(&error))
+    /// Takes it in, to accept from.
+    pub(crate) fn open(self, handle: &Handle) -> Result<Door, Errno> {
+        let socket = self.socket.try_clone().map_err(|error| Errno::from_std(&error))?;
+        Ok(Door { socket: handle.register(socket), handle: handle.clone(), listener: self, is_short: false })
+    }
+}
+
+/// A listener that is accepted from.
+pub(crate) struct Door {
+    listener: Listener,
+    socket: Rc<Fd>,
+    handle: Handle,
+    /// The host had no means for the last one who came.
+    is_short: bool,
+}
+
+impl Door {
+    /// The next one who comes in; `None` when it is closed before.
+    pub(crate) async fn next(&mut self, closing: &Signal) -> Option<OwnedFd> {
+        loop {
+            match closing.or(self.handle.accept(&self.socket)).await? {
+                Ok(socket) => {
+                    self.is_short = false;
+                    return Some(socket);
+                }
+                // Left before being accepted.
+                Err(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
+                Err(errno) => {
+                    if !std::mem::replace(&mut self.is_short, true) {
+                        let listener = &self.listener;
+                        tracing::warn!(%listener, %errno, "nobody can be accepted now; trying on");
+                    }
+                    closing.or(self.handle.sleep(ACCEPT_PAUSE)).await?;
+                }
+            }
+        }
     }
 }
 

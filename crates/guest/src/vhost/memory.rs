@@ -1,0 +1,491 @@
+//! A guest's memory: regions of files that the front end shares, found by the guest's or by the front end's addresses.
+//!
+//! Nothing in it can be trusted, and all of it may change at any time. So each word is read once, into a copy, and
+//! nobody holds a Rust reference to it.
+
+use std::cell::Cell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use block::{Buf, Errno};
+use runtime::{Handle, RegisteredMemory};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::fault::{Refusal, Watched};
+
+/// Where a region lies, as the front end tells it ("Memory region description"). All in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RegionSpec {
+    /// First address, as the guest counts.
+    pub(crate) guest: u64,
+    /// How much.
+    pub(crate) len: u64,
+    /// First address in the front end's process; it names rings by these.
+    pub(crate) user: u64,
+    /// Where in the file it starts.
+    pub(crate) offset: u64,
+}
+
+/// Why a region cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum MapError {
+    #[error("a region of {len} bytes at {at:#x} in memory and at {offset:#x} in its file")]
+    Range { at: u64, len: u64, offset: u64 },
+    #[error("a region of {len} bytes from byte {offset} of a file of {file} bytes")]
+    FileTooShort { file: u64, offset: u64, len: u64 },
+    #[error("regions overlap: {len} bytes at {at:#x} and {other_len} bytes at {other:#x}")]
+    Overlap { at: u64, len: u64, other: u64, other_len: u64 },
+    #[error("the memory cannot be mapped: {0}")]
+    Map(Errno),
+    #[error(transparent)]
+    Watch(#[from] Refusal),
+}
+
+/// Why bytes of the guest's memory cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Outside {
+    #[error("{len} bytes at {at:#x} are not all in the memory that the front end shares")]
+    Hole { at: u64, len: u64 },
+    #[error("the file behind the memory at {at:#x} was cut short")]
+    Gone { at: u64 },
+}
+
+/// A part of a file in our address space, shared with whoever else has that file.
+pub(crate) struct Mapping {
+    /// The first byte that was asked for.
+    ptr: NonNull<u8>,
+    len: usize,
+    /// What was mapped for that: whole pages.
+    base: NonNull<u8>,
+    mapped: usize,
+    watched: Option<Watched>,
+}
+
+/// `f_type` of hugetlbfs (linux/magic.h).
+const HUGETLBFS: i64 = 0x9584_58f6;
+
+impl Mapping {
+    /// Maps `len` bytes of a file from byte `offset` on, for reading and writing.
+    pub(crate) fn new(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<Rc<Mapping>, MapError> {
+        let range = || MapError::Range { at: 0, len, offset };
+        let end =
+            offset.checked_add(len).filter(|end| len > 0 && *end <= i64::MAX as u64).ok_or_else(range)?;
+        let failed =
+            |errno: rustix::io::Errno| MapError::Map(Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO));
+        let stat = rustix::fs::fstat(fd).map_err(failed)?;
+        let is_regular =
+            rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile;
+        let file = u64::try_from(stat.st_size).unwrap_or(0);
+        if is_regular && file < end {
+            return Err(MapError::FileTooShort { file, offset, len });
+        }
+        let mut page = rustix::param::page_size() as u64;
+        let filesystem = rustix::fs::fstatfs(fd).map_err(failed)?;
+        if filesystem.f_type as i64 == HUGETLBFS {
+            // Its mappings start and end at its own pages.
+            page = (filesystem.f_bsize as u64).max(page);
+        }
+        if !page.is_power_of_two() {
+            return Err(range());
+        }
+        let from = offset & !(page - 1);
+        let to = end.checked_next_multiple_of(page).ok_or_else(range)?;
+        let mapped = usize::try_from(to - from).ok().filter(|len| *len <= isize::MAX as usize);
+        let mapped = mapped.ok_or_else(range)?;
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: a new mapping, wherever the kernel puts it.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), mapped, access, flags, fd, from) };
+        let base = NonNull::new(base.map_err(failed)?.cast::<u8>()).ok_or(MapError::Map(Errno::ENOMEM))?;
+        let skip = (offset - from) as usize;
+        // SAFETY: `skip` is less than a page, and so within the mapping.
+        let ptr = unsafe { base.add(skip) };
+        // From here on dropping it unmaps.
+        let mut mapping = Mapping { ptr, len: len as usize, base, mapped, watched: None };
+        mapping.watched = Some(Watched::new(base.as_ptr().addr(), mapped, page as usize)?);
+        Ok(Rc::new(mapping))
+    }
+
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether its file was cut short under somebody's hands.
+    #[inline]
+    pub(crate) fn is_broken(&self) -> bool {
+        self.watched.as_ref().is_some_and(Watched::is_broken)
+    }
+
+    /// `len` bytes of it from byte `at` on; `None` where that is not within it.
+    pub(crate) fn words(self: &Rc<Self>, at: usize, len: usize) -> Option<Words> {
+        let end = at.checked_add(len)?;
+        if end > self.len {
+            return None;
+        }
+        // SAFETY: within the mapping, as was just checked.
+        Some(Words { ptr: unsafe { self.ptr.add(at) }, len, mapping: self.clone() })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // First, so that nothing is put in the place of memory that is somebody else's by then.
+        self.watched = None;
+        // SAFETY: mapped in `new`, and whoever uses it has a clone of the `Rc` that is being dropped.
+        if let Err(errno) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.mapped) } {
+            tracing::error!(%errno, "guest memory could not be unmapped (a bug in tapdisk)");
+        }
+    }
+}
+
+/// Words in shared memory, at offsets of bytes. The numbers are little-endian there.
+///
+/// # Panics
+/// Its methods, where a word does not lie within it: offsets are ours, never a guest's.
+#[derive(Clone)]
+pub(crate) struct Words {
+    ptr: NonNull<u8>,
+    len: usize,
+    mapping: Rc<Mapping>,
+}
+
+macro_rules! words {
+    ($($read:ident $write:ident $number:ident $atomic:ident)*) => {
+        $(
+            #[inline]
+            pub(crate) fn $read(&self, at: usize, order: Ordering) -> $number {
+                let ptr = self.at(at, size_of::<$number>()).cast::<$number>();
+                // SAFETY: within the mapping and aligned (`at` has checked both), and never named by a reference that
+                // is not to an atomic.
+                $number::from_le(unsafe { $atomic::from_ptr(ptr) }.load(order))
+            }
+
+            #[inline]
+            pub(crate) fn $write(&self, at: usize, number: $number, order: Ordering) {
+                let ptr = self.at(at, size_of::<$number>()).cast::<$number>();
+                if !may_store() {
+                    return;
+                }
+                // SAFETY: as above.
+                unsafe { $atomic::from_ptr(ptr) }.store(number.to_le(), order);
+            }
+        )*
+    };
+}
+
+#[allow(dead_code)] // some widths are only read, or only written
+impl Words {
+    words! {
+        u8 put_u8 u8 AtomicU8
+        u16 put_u16 u16 AtomicU16
+        u32 put_u32 u32 AtomicU32
+        u64 put_u64 u64 AtomicU64
+    }
+
+    #[inline]
+    fn at(&self, at: usize, size: usize) -> *mut u8 {
+        assert!(at < self.len && size <= self.len - at, "a word at {at} of {} bytes", self.len);
+        // SAFETY: within the mapping, as was just checked.
+        let ptr = unsafe { self.ptr.as_ptr().add(at) };
+        debug_assert!(ptr.addr().is_multiple_of(size), "a word at {at} is not aligned");
+        ptr
+    }
+
+    /// Whether it starts at a multiple of `align` bytes.
+    pub(crate) fn is_aligned(&self, align: usize) -> bool {
+        self.ptr.as_ptr().addr().is_multiple_of(align)
+    }
+
+    /// Whether the file behind it was cut short.
+    #[inline]
+    pub(crate) fn is_broken(&self) -> bool {
+        self.mapping.is_broken()
+    }
+}
+
+/// Whether a store into shared memory takes place: a test may stop the world after any of them.
+#[inline]
+fn may_store() -> bool {
+    #[cfg(test)]
+    return super::tripwire::may_store();
+    #[cfg(not(test))]
+    true
+}
+
+/// One byte of a guest's memory, to be written later: a status.
+pub(crate) struct Byte {
+    ptr: NonNull<u8>,
+    mapping: Rc<Mapping>,
+}
+
+impl Byte {
+    #[inline]
+    pub(crate) fn put(&self, byte: u8) {
+        if may_store() {
+            // SAFETY: within the mapping, which `mapping` keeps; a byte is always aligned.
+            unsafe { AtomicU8::from_ptr(self.ptr.as_ptr()) }.store(byte, Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_broken(&self) -> bool {
+        self.mapping.is_broken()
+    }
+}
+
+struct Region {
+    spec: RegionSpec,
+    ptr: NonNull<u8>,
+    /// Its pieces of [`PIECE_LEN`] bytes as the kernel knows them; none where it was not told of them.
+    registered: Vec<RegisteredMemory>,
+    mapping: Rc<Mapping>,
+}
+
+/// Bytes that io_uring takes as one registered buffer, as a power of two: 1 GiB.
+const PIECE_SHIFT: u32 = 30;
+const PIECE_LEN: usize = 1 << PIECE_SHIFT;
+
+impl Region {
+    fn new(spec: RegionSpec, fd: BorrowedFd<'_>, registrar: Option<&Handle>) -> Result<Rc<Region>, MapError> {
+        let RegionSpec { guest, len, user, offset } = spec;
+        for at in [guest, user] {
+            if len == 0 || at.checked_add(len).is_none() {
+                return Err(MapError::Range { at, len, offset });
+            }
+        }
+        let mapping = Mapping::new(fd, offset, len)?;
+        let registered = registrar.map(|handle| register(handle, &mapping)).unwrap_or_default();
+        Ok(Rc::new(Region { spec, ptr: mapping.ptr, registered, mapping }))
+    }
+
+    /// The number under which the kernel knows these bytes of it, if it does and they lie in one piece.
+    #[inline]
+    fn registered(&self, offset: usize, len: usize) -> Option<u16> {
+        if self.registered.is_empty() {
+            return None;
+        }
+        let (first, last) = (offset >> PIECE_SHIFT, (offset + len.saturating_sub(1)) >> PIECE_SHIFT);
+        if first == last { self.registered.get(first).map(RegisteredMemory::index) } else { None }
+    }
+
+    /// How far into it an address of the guest is.
+    #[inline]
+    fn offset(&self, guest: u64) -> Option<usize> {
+        let offset = guest.wrapping_sub(self.spec.guest);
+        (offset < self.spec.len).then_some(offset as usize)
+    }
+}
+
+/// Tells the kernel of all of a mapping, or of nothing: then I/O on it costs a little more.
+fn register(handle: &Handle, mapping: &Mapping) -> Vec<RegisteredMemory> {
+    // SAFETY: within the mapping, which the region keeps for longer than the registration.
+    let whole = unsafe { Buf::from_raw(mapping.ptr, mapping.len, None, Rc::new(())) };
+    let mut registered = Vec::new();
+    for at in (0..mapping.len).step_by(PIECE_LEN) {
+        let piece = whole.slice(at, PIECE_LEN.min(mapping.len - at));
+        for segment in piece.segments() {
+            // SAFETY: the mapping stays for as long as the region, which owns what is registered.
+            match unsafe { handle.register_memory(*segment) } {
+                Ok(piece) => registered.push(piece),
+                Err(errno) => {
+                    let bytes = mapping.len;
+                    tracing::warn!(
+                        bytes,
+                        %errno,
+                        "guest memory is not pinned, a little more CPU for each request: ENOMEM asks for a higher limit \
+                         on locked memory (ulimit -l, LimitMEMLOCK=), EOPNOTSUPP for guest memory that is no ordinary file"
+                    );
+                    return Vec::new();
+                }
+            }
+        }
+    }
+    registered
+}
+
+/// All regions of one guest. Replaced as a whole when the front end changes them; what is in use of the old ones
+/// stays mapped until then.
+#[derive(Default)]
+pub(crate) struct Memory {
+    /// In the order of the guest's addresses.
+    regions: Vec<Rc<Region>>,
+    /// Where the last address was found: the next one mostly is in the same region.
+    last: Cell<usize>,
+}
+
+impl Memory {
+    /// These regions and no others, registered with the kernel by `registrar`.
+    pub(crate) fn new(
+        regions: Vec<(RegionSpec, OwnedFd)>,
+        registrar: Option<&Handle>,
+    ) -> Result<Memory, MapError> {
+        let mut memory = Memory::default();
+        for (spec, fd) in regions {
+            memory = memory.with(spec, fd.as_fd(), registrar)?;
+        }
+        Ok(memory)
+    }
+
+    /// These regions and one more.
+    pub(crate) fn with(
+        &self,
+        spec: RegionSpec,
+        fd: BorrowedFd<'_>,
+        registrar: Option<&Handle>,
+    ) -> Result<Memory, MapError> {
+        let overlaps = |a: u64, b: u64, len: u64| a < b.saturating_add(len) && b < a.saturating_add(spec.len);
+        for region in &self.regions {
+            let other = region.spec;
+            if overlaps(spec.guest, other.guest, other.len) || overlaps(spec.user, other.user, other.len) {
+                let (at, len, other, other_len) = (spec.guest, spec.len, other.guest, other.len);
+                return Err(MapError::Overlap { at, len, other, other_len });
+            }
+        }
+        let mut regions = self.regions.clone();
+        regions.push(Region::new(spec, fd, registrar)?);
+        regions.sort_by_key(|region| region.spec.guest);
+        Ok(Memory { regions, last: Cell::new(0) })
+    }
+
+    /// These regions without one; `None` where it is not among them. Where it lies in its file is not looked at: the
+    /// specification identifies it by the other three.
+    pub(crate) fn without(&self, spec: RegionSpec) -> Option<Memory> {
+        let is_it = |region: &Rc<Region>| {
+            (region.spec.guest, region.spec.user, region.spec.len) == (spec.guest, spec.user, spec.len)
+        };
+        let index = self.regions.iter().position(is_it)?;
+        let mut regions = self.regions.clone();
+        regions.remove(index);
+        Some(Memory { regions, last: Cell::new(0) })
+    }
+
+    /// Whether none of the files behind it was cut short.
+    pub(crate) fn is_whole(&self) -> bool {
+        !self.regions.iter().any(|region| region.mapping.is_broken())
+    }
+
+    /// How many regions.
+    pub(crate) fn count(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// The region of this address, and how far into it that is.
+    #[inline]
+    fn find(&self, at: u64) -> Option<(&Rc<Region>, usize)> {
+        if let Some(region) = self.regions.get(self.last.get())
+            && let Some(offset) = region.offset(at)
+        {
+            return Some((region, offset));
+        }
+        self.search(at)
+    }
+
+    #[cold]
+    fn search(&self, at: u64) -> Option<(&Rc<Region>, usize)> {
+        let index = self.regions.partition_point(|region| region.spec.guest <= at).checked_sub(1)?;
+        let region = &self.regions[index];
+        let offset = region.offset(at)?;
+        self.last.set(index);
+        Some((region, offset))
+    }
+
+    /// Calls `each` with the pieces of these bytes, in order. An error may come after some of them.
+    fn pieces(
+        &self,
+        at: u64,
+        len: usize,
+        mut each: impl FnMut(&Rc<Region>, NonNull<u8>, usize),
+    ) -> Result<(), Outside> {
+        let hole = Outside::Hole { at, len: len as u64 };
+        let (mut next, mut left) = (at, len);
+        while left > 0 {
+            let (region, offset) = self.find(next).ok_or(hole)?;
+            if region.mapping.is_broken() {
+                return Err(Outside::Gone { at: next });
+            }
+            let part = left.min(region.mapping.len - offset);
+            // SAFETY: `offset` is within the region, and so is `offset + part`.
+            each(region, unsafe { region.ptr.add(offset) }, part);
+            left -= part;
+            if left > 0 {
+                // No wrap around the end of the address space: a region's end is checked, but may be 2^64 - 1.
+                next = next.checked_add(part as u64).ok_or(hole)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the guest's memory, in as many segments as there are regions.
+    #[inline]
+    pub(crate) fn buf(&self, at: u64, len: usize) -> Result<Buf, Outside> {
+        if let Some((region, offset)) = self.find(at)
+            && len <= region.mapping.len - offset
+            && !region.mapping.is_broken()
+        {
+            // SAFETY: `offset` is within the region.
+            let ptr = unsafe { region.ptr.add(offset) };
+            return Ok(part(region, ptr, len, region.registered(offset, len)));
+        }
+        self.scattered(at, len)
+    }
+
+    #[cold]
+    fn scattered(&self, at: u64, len: usize) -> Result<Buf, Outside> {
+        if len == 0 {
+            return Ok(Buf::zeroed(0));
+        }
+        let mut parts = Vec::new();
+        self.pieces(at, len, |region, ptr, len| parts.push(part(region, ptr, len, None)))?;
+        Ok(Buf::concat(parts))
+    }
+
+    /// Copies bytes out of the guest's memory.
+    #[inline]
+    pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), Outside> {
+        let mut to = bytes.as_mut_ptr();
+        let len = bytes.len();
+        let mut broken = false;
+        self.pieces(at, len, |region, ptr, len| {
+            // SAFETY: both are valid for `len` bytes, and no Rust slice overlaps shared memory. Others may write there
+            // meanwhile: then the bytes are some of the old and some of the new, and each is looked at in the copy.
+            unsafe {
+                std::ptr::copy_nonoverlapping(ptr.as_ptr(), to, len);
+                to = to.add(len);
+            }
+            broken |= region.mapping.is_broken();
+        })?;
+        if broken { Err(Outside::Gone { at }) } else { Ok(()) }
+    }
+
+    /// A byte of the guest's memory.
+    #[inline]
+    pub(crate) fn byte(&self, at: u64) -> Result<Byte, Outside> {
+        let (region, offset) = self.find(at).ok_or(Outside::Hole { at, len: 1 })?;
+        if region.mapping.is_broken() {
+            return Err(Outside::Gone { at });
+        }
+        // SAFETY: `offset` is within the region.
+        Ok(Byte { ptr: unsafe { region.ptr.add(offset) }, mapping: region.mapping.clone() })
+    }
+
+    /// Words at an address of the front end's process: parts of a ring, which lie within one region.
+    pub(crate) fn words(&self, user: u64, len: usize) -> Result<Words, Outside> {
+        let hole = Outside::Hole { at: user, len: len as u64 };
+        let holds = |region: &&Rc<Region>| user.wrapping_sub(region.spec.user) < region.spec.len;
+        let region = self.regions.iter().find(holds).ok_or(hole)?;
+        if region.mapping.is_broken() {
+            return Err(Outside::Gone { at: user });
+        }
+        region.mapping.words((user - region.spec.user) as usize, len).ok_or(hole)
+    }
+}
+
+/// Memory within a region.
+#[inline]
+fn part(region: &Rc<Region>, ptr: NonNull<u8>, len: usize, registered: Option<u16>) -> Buf {
+    // SAFETY: the callers stay within the region. Its mapping lives as long as `keep`, is readable and writable (a page
+    // of it that is gone is replaced, see `fault`), and nobody holds a reference into it.
+    unsafe { Buf::from_raw(ptr, len, registered, region.clone()) }
+}

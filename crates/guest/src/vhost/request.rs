@@ -1,0 +1,237 @@
+//! What a chain of descriptors asks for: judged once, from copies, before anything is done (virtio 1.2, section 5.2.6).
+
+use block::{Buf, Op, Span};
+
+use super::config::{DATA_MAX, DISCARD_SECTORS_MAX, RANGES_MAX, SECTOR, ZERO_SECTORS_MAX, feature};
+use super::memory::{Byte, Memory, Outside};
+use super::ring::{Chain, Piece, RingError, outside};
+use super::status::Status;
+
+/// Types of requests.
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+const HEADER_LEN: usize = 16;
+/// `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
+const RANGE_LEN: u64 = 16;
+/// The only flag of a range: what is behind zeroes may be freed.
+const UNMAP: u32 = 1;
+/// Bytes of a disk's name: shorter ones end with a 0.
+pub(crate) const ID_LEN: usize = 20;
+
+/// What a request is measured by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    /// Bytes that a guest may use.
+    pub(crate) capacity: u64,
+    /// Bytes of a block, a power of two.
+    pub(crate) block: u32,
+    pub(crate) read_only: bool,
+    /// As negotiated.
+    pub(crate) features: u64,
+    /// The guest believes that there is no write cache: what changes the disk is durable before its answer.
+    pub(crate) durable: bool,
+    pub(crate) id: [u8; ID_LEN],
+}
+
+/// What is to become of a request.
+#[derive(Debug)]
+pub(crate) enum Verdict {
+    /// Ask the disk. Where that succeeds, so many bytes were written for the driver besides the status.
+    Serve(Op, u32),
+    /// Ask the disk several things; none of them writes anything for the driver.
+    ServeAll(Vec<Op>),
+    /// Answer at once. So many bytes were written besides the status.
+    Answer(Status, u32),
+}
+
+/// A request, and where its status goes.
+pub(crate) struct Judged {
+    pub(crate) status: Byte,
+    pub(crate) verdict: Verdict,
+}
+
+const REFUSED: Verdict = Verdict::Answer(Status::IoErr, 0);
+const UNSUPPORTED: Verdict = Verdict::Answer(Status::Unsupp, 0);
+
+/// Judges the request of a chain.
+///
+/// # Errors
+/// Where nobody can be told: there is no header or no place for the status.
+pub(crate) fn judge(chain: &Chain, memory: &Memory, terms: &Terms) -> Result<Judged, RingError> {
+    let status = status_byte(chain.writable(), memory)?;
+    let header = header(chain.readable(), memory)?;
+    let verdict = verdict(header, chain, memory, terms).unwrap_or(REFUSED);
+    Ok(Judged { status, verdict })
+}
+
+/// Bytes of these pieces. Their number is bounded, so that it cannot wrap around.
+fn total(pieces: &[Piece]) -> u64 {
+    pieces.iter().map(|piece| u64::from(piece.len)).sum()
+}
+
+/// 5.2.6: the status is the last byte that the device may write.
+#[inline]
+fn status_byte(writable: &[Piece], memory: &Memory) -> Result<Byte, RingError> {
+    let last = writable.iter().rfind(|piece| piece.len > 0).ok_or(RingError::NoStatus)?;
+    let hole = Outside::Hole { at: last.at, len: last.len.into() };
+    let at = last.at.checked_add(u64::from(last.len) - 1).ok_or(outside("a status")(hole))?;
+    memory.byte(at).map_err(outside("a status"))
+}
+
+/// A header that was copied out.
+#[derive(Clone, Copy)]
+struct Header {
+    kind: u32,
+    sector: u64,
+}
+
+#[inline]
+fn header(readable: &[Piece], memory: &Memory) -> Result<Header, RingError> {
+    let mut bytes = [0; HEADER_LEN];
+    let mut done = 0;
+    for piece in readable {
+        let part = (HEADER_LEN - done).min(piece.len as usize);
+        memory.read(piece.at, &mut bytes[done..done + part]).map_err(outside("a header"))?;
+        done += part;
+        if done == HEADER_LEN {
+            break;
+        }
+    }
+    if done < HEADER_LEN {
+        return Err(RingError::Header(done as u64));
+    }
+    let number = u128::from_le_bytes(bytes);
+    Ok(Header { kind: number as u32, sector: (number >> 64) as u64 })
+}
+
+fn verdict(header: Header, chain: &Chain, memory: &Memory, terms: &Terms) -> Result<Verdict, Outside> {
+    // The header and the status are there, so that neither can be less than that.
+    let to_read = total(chain.readable()) - HEADER_LEN as u64;
+    let to_write = total(chain.writable()) - 1;
+    let changes = |op: &dyn Fn() -> Result<Verdict, Outside>| {
+        // Whether or not the guest took notice of VIRTIO_BLK_F_RO.
+        if terms.read_only { Ok(REFUSED) } else { op() }
+    };
+    match header.kind {
+        IN => {
+            let Some(span) = span(header.sector, to_write, DATA_MAX, terms) else { return Ok(REFUSED) };
+            let buf = gather(chain.writable(), 0, span.len(), memory)?;
+            Ok(Verdict::Serve(Op::Read { at: span.at(), buf }, span.len() as u32))
+        }
+        OUT => changes(&|| {
+            let Some(span) = span(header.sector, to_read, DATA_MAX, terms) else { return Ok(REFUSED) };
+            let buf = gather(chain.readable(), HEADER_LEN as u64, span.len(), memory)?;
+            Ok(Verdict::Serve(Op::Write { at: span.at(), buf, fua: terms.durable }, 0))
+        }),
+        // Accepted whatever was negotiated: a flush that is not needed harms nobody.
+        FLUSH => Ok(Verdict::Serve(Op::Flush, 0)),
+        GET_ID => {
+            let len = to_write.min(ID_LEN as u64);
+            gather(chain.writable(), 0, len, memory)?.put(0, &terms.id[..len as usize]);
+            Ok(Verdict::Answer(Status::Ok, len as u32))
+        }
+        DISCARD if terms.features & feature::DISCARD != 0 => {
+            changes(&|| ranges(Erase::Discard, to_read, chain, memory, terms))
+        }
+        WRITE_ZEROES if terms.features & feature::WRITE_ZEROES != 0 => {
+            changes(&|| ranges(Erase::Zero, to_read, chain, memory, terms))
+        }
+        _ => Ok(UNSUPPORTED),
+    }
+}
+
+/// The bytes of the disk from this sector on, whole blocks of it that it has, and no more than `max`.
+#[inline]
+fn span(sector: u64, len: u64, max: u64, terms: &Terms) -> Option<Span> {
+    let span = Span::new(sector.checked_mul(SECTOR)?, len)?;
+    let fits =
+        len <= max && span.is_aligned(u64::from(terms.block).max(SECTOR)) && span.is_within(terms.capacity);
+    fits.then_some(span)
+}
+
+/// The memory of `len` bytes from byte `skip` of these pieces on, which have as many.
+#[inline]
+fn gather(pieces: &[Piece], mut skip: u64, len: u64, memory: &Memory) -> Result<Buf, Outside> {
+    let mut left = len;
+    let mut parts = pieces.iter().filter_map(move |piece| {
+        let here = u64::from(piece.len).saturating_sub(skip).min(left);
+        let from = skip;
+        skip = skip.saturating_sub(piece.len.into());
+        left -= here;
+        // An address that wraps around is outside of any memory, and told as such.
+        (here > 0).then(|| (piece.at.checked_add(from), here))
+    });
+    let checked = |(at, len): (Option<u64>, u64)| at.map(|at| (at, len)).ok_or(Outside::Hole { at: 0, len });
+    let Some(first) = parts.next() else { return Ok(Buf::zeroed(0)) };
+    let mut run = checked(first)?;
+    let mut bufs = Vec::new();
+    for part in parts {
+        let part = checked(part)?;
+        // What lies side by side is one.
+        if run.0.checked_add(run.1) == Some(part.0) {
+            run.1 += part.1;
+        } else {
+            bufs.push(memory.buf(run.0, run.1 as usize)?);
+            run = part;
+        }
+    }
+    let last = memory.buf(run.0, run.1 as usize)?;
+    if bufs.is_empty() {
+        return Ok(last);
+    }
+    bufs.push(last);
+    Ok(Buf::concat(bufs))
+}
+
+/// What is to become of ranges.
+#[derive(Clone, Copy)]
+enum Erase {
+    Discard,
+    Zero,
+}
+
+/// The ranges of a discard or a write of zeroes.
+fn ranges(
+    erase: Erase,
+    to_read: u64,
+    chain: &Chain,
+    memory: &Memory,
+    terms: &Terms,
+) -> Result<Verdict, Outside> {
+    let is_whole = to_read.is_multiple_of(RANGE_LEN) && to_read / RANGE_LEN <= u64::from(RANGES_MAX);
+    if !is_whole || to_read == 0 {
+        return Ok(REFUSED);
+    }
+    let bytes = gather(chain.readable(), HEADER_LEN as u64, to_read, memory)?.to_vec();
+    let (known, max) = match erase {
+        // 5.2.6.2: a discard with the flag for unmapping is unsupported too.
+        Erase::Discard => (0, DISCARD_SECTORS_MAX),
+        Erase::Zero => (UNMAP, ZERO_SECTORS_MAX),
+    };
+    let (ranges, _) = bytes.as_chunks::<{ RANGE_LEN as usize }>();
+    let ranges = || {
+        ranges.iter().map(|range| {
+            let number = u128::from_le_bytes(*range);
+            (number as u64, (number >> 64) as u32, (number >> 96) as u32)
+        })
+    };
+    // All of it is judged before any of it is done.
+    if ranges().any(|(_, _, flags)| flags & !known != 0) {
+        return Ok(UNSUPPORTED);
+    }
+    let op = |(sector, sectors, flags): (u64, u32, u32)| {
+        let span = span(sector, u64::from(sectors) * SECTOR, u64::from(max) * SECTOR, terms)?;
+        let (unmap, fua) = (flags & UNMAP != 0, terms.durable);
+        Some(match erase {
+            Erase::Discard => Op::Discard { span, fua },
+            Erase::Zero => Op::WriteZeroes { span, unmap, fua, fast: false },
+        })
+    };
+    let ops: Option<Vec<Op>> = ranges().map(op).collect();
+    Ok(ops.map_or(REFUSED, Verdict::ServeAll))
+}

@@ -1,0 +1,7 @@
+//! The driver's side, written by the specification and not with our own ring: memory that both share, a driver that
+//! builds chains by hand, and a disk whose answers the test decides on.
+
+mod device;
+mod disk;
+mod driver;
+mod ram;
