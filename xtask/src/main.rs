@@ -8,7 +8,6 @@ mod command;
 mod install;
 mod lab;
 mod model;
-mod nbd_client;
 mod report;
 mod server;
 mod sim;
