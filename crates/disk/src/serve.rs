@@ -13,7 +13,7 @@ use std::time::Duration;
 use block::{Errno, Error, Limits, Op, OpKind, Payload, Reply, Request, Result, Span};
 use runtime::{Handle, Instant};
 use slab::Slab;
-use storage::{Storage, Zeroing};
+use storage::{Io, Storage, Zeroing};
 
 use crate::failures::Failures;
 use crate::hold::{Holds, Sign};
@@ -163,6 +163,17 @@ impl Disk {
         self.0.size.get()
     }
 
+    /// Takes in what was added at the end of what is behind it, as by an operator who has made the file larger; gives
+    /// the size in bytes. It never shrinks.
+    ///
+    /// # Errors
+    /// If it cannot grow, or has become smaller: then nothing changes.
+    pub async fn grow(&self) -> Result<u64> {
+        let bytes = self.0.guarded(|storage| storage.grow()).await?;
+        self.0.size.grow(bytes);
+        Ok(self.size())
+    }
+
     /// Ends when the size changes next, counted from this call.
     pub fn resized(&self) -> impl Future<Output = ()> + 'static {
         self.0.size.changed()
@@ -247,26 +258,7 @@ impl Disk {
         self.give_up_held();
         self.idle().await;
         inner.failures.finish(&inner.handle, &inner.name);
-        self.last_flush().await.map_err(|error| error.during("the last flush"))
-    }
-
-    async fn last_flush(&self) -> Result<()> {
-        let inner = &self.0;
-        let panicked = || Err(Error::new(Errno::EIO, "a driver panicked"));
-        if inner.state.get() == State::Fenced {
-            return panicked();
-        }
-        // Whoever closes a disk is not to fall with its driver: there may be others to close.
-        let mut flush = None;
-        poll_fn(|cx| {
-            let poll =
-                AssertUnwindSafe(|| flush.get_or_insert_with(|| inner.storage.flush()).as_mut().poll(cx));
-            catch_unwind(poll).unwrap_or_else(|_panic| {
-                inner.fence();
-                Poll::Ready(panicked())
-            })
-        })
-        .await
+        inner.guarded(|storage| storage.flush()).await.map_err(|error| error.during("the last flush"))
     }
 
     /// Answers what is held with its error, and holds nothing from now on.
@@ -358,6 +350,30 @@ impl Inner {
         if active.is_empty() {
             self.idle.look();
         }
+    }
+
+    /// Has the storage do this, which is no request. Whoever asks is not to fall with a driver that panics: there may be
+    /// other disks to look after.
+    async fn guarded<'a, T>(&'a self, start: impl FnOnce(&'a dyn Storage) -> Io<'a, T>) -> Result<T> {
+        let panicked = || Err(Error::new(Errno::EIO, "a driver panicked"));
+        if self.state.get() == State::Fenced {
+            return panicked();
+        }
+        let (mut start, mut io) = (Some(start), None);
+        poll_fn(|cx| {
+            let poll = AssertUnwindSafe(|| {
+                let io = io.get_or_insert_with(|| {
+                    let start = start.take().expect("it is started once");
+                    start(&*self.storage)
+                });
+                io.as_mut().poll(cx)
+            });
+            catch_unwind(poll).unwrap_or_else(|_panic| {
+                self.fence();
+                Poll::Ready(panicked())
+            })
+        })
+        .await
     }
 
     /// Does a request until it has succeeded, or its error is to be told, or it is left.

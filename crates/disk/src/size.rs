@@ -26,6 +26,15 @@ impl Size {
         self.0.bytes.get()
     }
 
+    /// Notes that the disk has this many bytes; it never shrinks.
+    pub(crate) fn grow(&self, bytes: u64) {
+        if bytes > self.get() {
+            self.0.bytes.set(bytes);
+            self.0.changes.set(self.0.changes.get() + 1);
+            self.0.waiters.look();
+        }
+    }
+
     /// Ends when it has changed since this call.
     pub(crate) fn changed(&self) -> impl Future<Output = ()> + 'static {
         let known = self.0.clone();

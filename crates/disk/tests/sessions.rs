@@ -74,6 +74,10 @@ impl Storage for Moody {
         Box::pin(async { Ok(()) })
     }
 
+    fn grow(&self) -> Io<'_, u64> {
+        Box::pin(async { Err(Error::new(Errno::EOPNOTSUPP, "grow")) })
+    }
+
     fn poison(&self) -> Option<Error> {
         None
     }

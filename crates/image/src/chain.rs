@@ -56,11 +56,8 @@ impl Chain {
         let mut parts: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         let mut rest = span;
         while !rest.is_empty() {
-            let found = match self.find(rest).await {
-                Ok(found) => found,
-                // The parts under way come to their end before the request does.
-                Err(error) => return worst(Err(error), join_all(parts).await),
-            };
+            // Where this fails no part has begun yet, and none will.
+            let found = self.find(rest).await?;
             let (run, others) = rest.split_at(rest.at() + found.len());
             let into = buf.part(span.at(), run);
             rest = others;
@@ -77,17 +74,15 @@ impl Chain {
                 })),
             }
         }
-        worst(Ok(()), join_all(parts).await)
+        worst(join_all(parts).await)
     }
 
     async fn write_bytes(&self, span: Span, buf: &Buf) -> Result<()> {
         let mut parts: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         let mut rest = span;
         while !rest.is_empty() {
-            let placement = match self.top.place(rest).await {
-                Ok(placement) => placement,
-                Err(error) => return worst(Err(error), join_all(parts).await),
-            };
+            // Where this fails no part has begun yet, and none will: their places are undone.
+            let placement = self.top.place(rest).await?;
             let (run, others) = rest.split_at(rest.at() + placement.len);
             let from = buf.part(span.at(), run);
             rest = others;
@@ -96,7 +91,7 @@ impl Chain {
             }
             parts.push(Box::pin(self.fill(placement, from)));
         }
-        worst(Ok(()), join_all(parts).await)
+        worst(join_all(parts).await)
     }
 
     /// Data first, then what shows it.
@@ -147,12 +142,13 @@ impl Found<'_> {
 }
 
 /// One result of many: success only if all succeeded, else the first error by severity, never the last part's word.
-fn worst(first: Result<()>, others: Vec<Result<()>>) -> Result<()> {
-    others.into_iter().fold(first, |worst, result| match (worst, result) {
+fn worst(results: Vec<Result<()>>) -> Result<()> {
+    let worst = results.into_iter().reduce(|worst, result| match (worst, result) {
         (Ok(()), result) => result,
         (Err(error), Ok(())) => Err(error),
         (Err(error), Err(other)) => Err(error.worse(other)),
-    })
+    });
+    worst.unwrap_or(Ok(()))
 }
 
 impl Storage for Chain {
@@ -200,6 +196,10 @@ impl Storage for Chain {
         })
     }
 
+    fn grow(&self) -> Io<'_, u64> {
+        self.top.grow()
+    }
+
     fn poison(&self) -> Option<Error> {
         self.top.storage().poison()
     }
@@ -223,17 +223,21 @@ mod tests {
         size: u64,
         storage: Rc<dyn Storage>,
         map: Rc<RefCell<Map>>,
+        /// The part of the map that cannot be read.
+        broken: Option<u64>,
     }
 
     #[derive(Default)]
     struct Map {
         placed: BTreeMap<u64, Option<u64>>, // None: zero
         next: u64,
+        /// Places that were given up.
+        undone: u64,
     }
 
     impl Toy {
         fn new(size: u64, storage: Rc<dyn Storage>) -> Toy {
-            Toy { size, storage, map: Rc::default() }
+            Toy { size, storage, map: Rc::default(), broken: None }
         }
     }
 
@@ -241,6 +245,15 @@ mod tests {
         map: Rc<RefCell<Map>>,
         cluster: u64,
         place: u64,
+    }
+
+    impl Drop for Pending {
+        fn drop(&mut self) {
+            let map = &mut *self.map.borrow_mut();
+            if map.placed.get(&self.cluster) != Some(&Some(self.place)) {
+                map.undone += 1;
+            }
+        }
     }
 
     impl Image for Toy {
@@ -253,6 +266,9 @@ mod tests {
         }
 
         fn map(&self, span: Span) -> Io<'_, Extent> {
+            if self.broken == Some(span.at() / CLUSTER) {
+                return Box::pin(std::future::ready(Err(Error::new(Errno::EIO, "read the map"))));
+            }
             let skip = span.at() % CLUSTER;
             let len = span.len().min(CLUSTER - skip);
             let extent = match self.map.borrow().placed.get(&(span.at() / CLUSTER)) {
@@ -266,6 +282,9 @@ mod tests {
         fn place(&self, span: Span) -> Io<'_, Placement> {
             let (cluster, skip) = (span.at() / CLUSTER, span.at() % CLUSTER);
             assert!(skip == 0 && span.len() >= CLUSTER, "this toy takes whole clusters");
+            if self.broken == Some(cluster) {
+                return Box::pin(std::future::ready(Err(Error::new(Errno::EIO, "read the map"))));
+            }
             let mut map = self.map.borrow_mut();
             let place = map.next;
             map.next += CLUSTER;
@@ -293,6 +312,10 @@ mod tests {
 
         fn flush(&self) -> Io<'_> {
             self.storage.flush()
+        }
+
+        fn grow(&self) -> Io<'_, u64> {
+            Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "grow a toy"))))
         }
     }
 
@@ -339,6 +362,77 @@ mod tests {
         assert_eq!(read(&chain, 2999, 5).unwrap(), [7, 7, 0, 0, 0]);
         let runs = now(chain.extents(Span::new(0, 8192).unwrap())).unwrap();
         assert_eq!(runs.iter().map(|run| run.len).sum::<u64>(), 8192);
+    }
+
+    #[test]
+    fn where_the_map_fails_nothing_is_read_or_written() {
+        /// Memory that counts what is asked of it.
+        struct Counting(Ram, std::cell::Cell<u64>);
+
+        impl Counting {
+            fn counted(&self) -> &Ram {
+                self.1.set(self.1.get() + 1);
+                &self.0
+            }
+        }
+
+        impl Storage for Counting {
+            fn size(&self) -> u64 {
+                self.0.size()
+            }
+
+            fn limits(&self) -> Limits {
+                self.0.limits()
+            }
+
+            fn read(&self, at: u64, buf: Buf) -> Io<'_> {
+                self.counted().read(at, buf)
+            }
+
+            fn write(&self, at: u64, buf: Buf) -> Io<'_> {
+                self.counted().write(at, buf)
+            }
+
+            fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
+                self.counted().zero(span, how)
+            }
+
+            fn discard(&self, span: Span) -> Io<'_> {
+                self.counted().discard(span)
+            }
+
+            fn flush(&self) -> Io<'_> {
+                self.counted().flush()
+            }
+
+            fn extents(&self, span: Span) -> Io<'_, Vec<Run>> {
+                self.counted().extents(span)
+            }
+
+            fn prefetch(&self, span: Span) -> Io<'_> {
+                self.counted().prefetch(span)
+            }
+
+            fn grow(&self) -> Io<'_, u64> {
+                self.0.grow()
+            }
+
+            fn poison(&self) -> Option<Error> {
+                self.0.poison()
+            }
+        }
+
+        let storage = Rc::new(Counting(Ram::new(1 << 20), std::cell::Cell::new(0)));
+        let toy = Toy { broken: Some(2), ..Toy::new(8192, storage.clone()) };
+        let map = toy.map.clone();
+        let chain = Chain::new(Rc::new(toy));
+        now(chain.write(0, Buf::from_bytes(&[9; 1024]))).unwrap();
+        assert_eq!(storage.1.replace(0), 2);
+        assert_eq!(now(chain.write(0, Buf::from_bytes(&[8; 2048]))).unwrap_err().errno(), Errno::EIO);
+        assert_eq!(read(&chain, 0, 2048).unwrap_err().errno(), Errno::EIO);
+        assert_eq!(storage.1.get(), 0, "no part of them has begun");
+        assert_eq!(map.borrow().undone, 2, "and what had its place has it no longer");
+        assert_eq!(read(&chain, 0, 1024).unwrap(), [9; 1024]);
     }
 
     #[test]

@@ -74,4 +74,7 @@ pub trait Image {
 
     /// Makes durable all that was committed before it was called, map and data.
     fn flush(&self) -> Io<'_>;
+
+    /// Takes in what was added to the disk from outside; gives the size in bytes ([`Storage::grow`]).
+    fn grow(&self) -> Io<'_, u64>;
 }

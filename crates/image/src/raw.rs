@@ -53,4 +53,8 @@ impl Image for Raw {
     fn flush(&self) -> Io<'_> {
         self.storage.flush()
     }
+
+    fn grow(&self) -> Io<'_, u64> {
+        self.storage.grow()
+    }
 }

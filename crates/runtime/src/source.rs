@@ -26,7 +26,7 @@ pub trait Source {
 #[derive(Default)]
 pub(crate) struct Sources {
     watched: RefCell<Slab<Rc<dyn Source>>>,
-    /// A copy to walk over while sources come and go; empty when it is to be made anew.
+    /// A copy to walk over while sources come and go.
     round: RefCell<Rc<[Rc<dyn Source>]>>,
     stale: Cell<bool>,
 }
@@ -41,7 +41,10 @@ pub struct Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.sources.stale.set(true);
-        drop(self.sources.watched.borrow_mut().remove(self.key));
+        // Let go of at once, and with nothing borrowed: its end may be that of other sources too.
+        let gone = self.sources.watched.borrow_mut().remove(self.key);
+        let round = self.sources.round.take();
+        drop((gone, round));
     }
 }
 

@@ -235,7 +235,7 @@ impl World {
     fn parts(&self, kernel: &Shared, file: usize) -> Parts {
         let mut kernel = kernel.borrow_mut();
         let fd = kernel.open(file, u64::from(self.align), self.memory_align as usize);
-        let has_tail = !self.size.is_multiple_of(u64::from(self.align));
+        let has_tail = self.align > 1;
         Parts {
             fd,
             tail: has_tail.then(|| kernel.open(file, 1, 1)),

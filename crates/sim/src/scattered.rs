@@ -3,7 +3,7 @@
 use std::fmt;
 use std::rc::Rc;
 
-use block::Span;
+use block::{Errno, Error, Span};
 use image::{Extent, Image, Placement};
 use storage::{Io, Storage, Zeroing};
 
@@ -128,5 +128,9 @@ impl Image for Scattered {
 
     fn flush(&self) -> Io<'_> {
         self.storage.flush()
+    }
+
+    fn grow(&self) -> Io<'_, u64> {
+        Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "grow a scattered image"))))
     }
 }

@@ -145,6 +145,10 @@ impl Storage for Witness {
         self.watch(OpKind::Prefetch, span, 0, |inner| inner.prefetch(span))
     }
 
+    fn grow(&self) -> Io<'_, u64> {
+        self.inner.grow()
+    }
+
     fn poison(&self) -> Option<Error> {
         self.inner.poison()
     }
@@ -202,6 +206,10 @@ impl Storage for Beneath {
 
     fn prefetch(&self, span: Span) -> Io<'_> {
         self.reached().prefetch(span)
+    }
+
+    fn grow(&self) -> Io<'_, u64> {
+        self.inner.grow()
     }
 
     fn poison(&self) -> Option<Error> {
@@ -343,6 +351,10 @@ impl Storage for Mischievous {
 
     fn prefetch(&self, span: Span) -> Io<'_> {
         self.spoil(false, self.inner.prefetch(span))
+    }
+
+    fn grow(&self) -> Io<'_, u64> {
+        self.inner.grow()
     }
 
     fn poison(&self) -> Option<Error> {

@@ -67,6 +67,13 @@ pub trait Storage {
     /// Gets ready for a read of these bytes, if that helps. Failing to is no error.
     fn prefetch(&self, span: Span) -> Io<'_>;
 
+    /// Takes in what was added at its end since it was opened; gives the size, in bytes, which then is `size`. It
+    /// never shrinks.
+    ///
+    /// What is smaller than it was is an error that says so, and EOPNOTSUPP is that of one that cannot grow; neither
+    /// changes anything.
+    fn grow(&self) -> Io<'_, u64>;
+
     /// Why it is poisoned, if it is: the error that every flush and write fails with.
     fn poison(&self) -> Option<block::Error>;
 }

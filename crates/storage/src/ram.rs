@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use block::{Buf, Limits, Run, Span};
+use block::{Buf, Errno, Error, Limits, Run, Span};
 
 use crate::{Io, Storage, Zeroing};
 
@@ -48,6 +48,11 @@ fn pieces(span: Span) -> impl Iterator<Item = (u64, usize, usize)> {
         at += len;
         (len > 0).then_some(piece)
     })
+}
+
+/// Nobody can add anything to what has nothing behind it.
+fn no_growth() -> Error {
+    Error::new(Errno::EOPNOTSUPP, "only a file or a block device can grow")
 }
 
 const LIMITS: Limits = Limits { align: 1, preferred: 4096, read_only: false, fast_zero: true };
@@ -116,7 +121,11 @@ impl Storage for Ram {
         ready(())
     }
 
-    fn poison(&self) -> Option<block::Error> {
+    fn grow(&self) -> Io<'_, u64> {
+        Box::pin(std::future::ready(Err(no_growth())))
+    }
+
+    fn poison(&self) -> Option<Error> {
         None
     }
 }
@@ -171,7 +180,11 @@ impl Storage for Null {
         ready(())
     }
 
-    fn poison(&self) -> Option<block::Error> {
+    fn grow(&self) -> Io<'_, u64> {
+        Box::pin(std::future::ready(Err(no_growth())))
+    }
+
+    fn poison(&self) -> Option<Error> {
         None
     }
 }

@@ -48,6 +48,130 @@ fn files_of_any_size_behave_like_an_array_of_bytes() {
     }
 }
 
+/// Makes a file larger from outside, as truncate(1) does.
+fn lengthen(path: &Path, size: u64) {
+    std::fs::File::options().write(true).open(path).unwrap().set_len(size).unwrap();
+}
+
+#[test]
+fn a_file_that_grows_keeps_its_bytes_and_its_new_ones_are_zero() {
+    // From and to whole blocks and parts of them, also within one block.
+    let sizes = [1, 511, 512, 513, 1000, 4095, 4096, 4097, 100_000, 262_144, 300_001];
+    for cache in [Cache::Direct, Cache::Buffered] {
+        for (from, to) in sizes.iter().flat_map(|from| sizes.iter().map(move |to| (*from, *to))) {
+            if from >= to || (to > 10_000 && from < 4095) {
+                continue;
+            }
+            let dir = directory();
+            let path = image(dir.path(), from);
+            run(async move |handle| {
+                let file = File::new(&handle, open(&path, &options(cache)).unwrap());
+                let bytes: Vec<u8> = (0..from).map(|byte| (byte % 251) as u8 + 1).collect();
+                file.write(0, Buf::from_bytes(&bytes)).await.unwrap();
+                assert_eq!(file.grow().await, Ok(from), "nothing was added");
+                lengthen(&path, to);
+                assert_eq!(file.size(), from, "it is not taken in before it is asked for");
+                assert_eq!(file.grow().await, Ok(to));
+                assert_eq!(file.size(), to);
+                let all = Buf::from_bytes(&vec![0xdb; to as usize]);
+                file.read(0, all.clone()).await.unwrap();
+                let mut expected = bytes;
+                expected.resize(to as usize, 0);
+                assert!(all.to_vec() == expected, "{cache:?}, {from} to {to}");
+                // Over what was the end, and at what is.
+                for (at, len) in [(from - 1, 2), (to - 1, 1)] {
+                    file.write(at, Buf::from_bytes(&vec![0xee; len])).await.unwrap();
+                    expected[at as usize..at as usize + len].fill(0xee);
+                }
+                file.flush().await.unwrap();
+                assert!(std::fs::read(&path).unwrap() == expected, "{cache:?}, {from} to {to}");
+                conformance::check(&file, from ^ to, 20).await;
+                assert_eq!(std::fs::metadata(&path).unwrap().len(), to, "the file keeps its size");
+            });
+        }
+    }
+}
+
+#[test]
+fn writes_at_the_old_end_while_it_grows_are_all_there() {
+    let dir = directory();
+    let path = image(dir.path(), 1000);
+    run(async move |handle| {
+        let file = Rc::new(File::new(&handle, open(&path, &options(Cache::Direct)).unwrap()));
+        let mut expected = vec![0; 1000];
+        for size in (1100..60_000).step_by(1777) {
+            let old = expected.len();
+            lengthen(&path, size);
+            expected.resize(size as usize, 0);
+            // Each byte around the end by a write of its own, some before and some after the growth.
+            let writes = (old - 16..old).map(|at| {
+                expected[at] = (at % 255) as u8 + 1;
+                let buf = Buf::from_bytes(&expected[at..=at]);
+                Box::pin(file.write(at as u64, buf)) as runtime::BoxFuture<'_, _>
+            });
+            let mut parts: Vec<_> = writes.collect();
+            let grow = async { file.grow().await.map(|found| assert_eq!(found, size)) };
+            parts.insert(8, Box::pin(grow));
+            join_all(parts).await.into_iter().for_each(|result| result.unwrap());
+            let at = old - 700.min(old);
+            expected[at..old + 50].fill(7);
+            file.write(at as u64, Buf::from_bytes(&vec![7; old + 50 - at])).await.unwrap();
+            let all = Buf::zeroed(size as usize);
+            file.read(0, all.clone()).await.unwrap();
+            assert!(all.to_vec() == expected, "{size}");
+        }
+        file.flush().await.unwrap();
+        assert!(std::fs::read(&path).unwrap() == expected);
+    });
+}
+
+#[test]
+fn what_has_become_smaller_is_refused_and_nothing_changes() {
+    for cache in [Cache::Direct, Cache::Buffered] {
+        let dir = directory();
+        let path = image(dir.path(), 10_000);
+        run(async move |handle| {
+            let file = File::new(&handle, open(&path, &options(cache)).unwrap());
+            lengthen(&path, 9_000);
+            let error = file.grow().await.unwrap_err();
+            assert_eq!(error.errno(), Errno::EIO);
+            for what in ["9000", "10000", "shrunk"] {
+                assert!(error.to_string().contains(what), "no {what} in {error}");
+            }
+            assert_eq!(file.size(), 10_000);
+            lengthen(&path, 10_001);
+            assert_eq!(file.grow().await, Ok(10_001));
+        });
+    }
+}
+
+#[test]
+fn a_flush_after_growth_makes_the_new_size_durable() {
+    let dir = directory();
+    let path = image(dir.path(), 4096);
+    run(async move |handle| {
+        let file = File::new(&handle, open(&path, &options(Cache::Direct)).unwrap());
+        file.flush().await.unwrap();
+        lengthen(&path, 8192);
+        file.grow().await.unwrap();
+        // Cut off again: a flush that has something to do looks at the size, and one that has nothing does not.
+        lengthen(&path, 4096);
+        assert_eq!(file.flush().await.unwrap_err().errno(), Errno::EIO);
+    });
+}
+
+#[test]
+fn memory_does_not_grow() {
+    run(async move |_| {
+        let disks: [Rc<dyn Storage>; 2] =
+            [Rc::new(storage::Ram::new(4096)), Rc::new(storage::Null::new(4096))];
+        for disk in disks {
+            assert_eq!(disk.grow().await.unwrap_err().errno(), Errno::EOPNOTSUPP);
+            assert_eq!(disk.size(), 4096);
+        }
+    });
+}
+
 #[test]
 fn what_is_written_is_what_the_kernel_reads() {
     let dir = directory();

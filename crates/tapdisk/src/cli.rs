@@ -39,7 +39,9 @@ pub(crate) enum Command {
 ///
 /// The image is opened for this process alone and served to any number of clients. Ctrl-C or SIGTERM ends that in
 /// order: requests are answered, data is flushed, and the exit status is 0 only if that worked. A second signal ends
-/// it at once. SIGUSR1 logs counts, held requests and whether a sync has failed.
+/// it at once. SIGUSR1 logs counts, held requests and whether a sync has failed. SIGHUP takes in what was added at the
+/// end of the image (truncate, lvextend): guests are told if their interface can tell them; NBD clients see it when they
+/// connect anew.
 #[derive(Args, Debug)]
 #[command(after_long_help = EXAMPLES)]
 pub(crate) struct Serve {
@@ -120,6 +122,14 @@ pub(crate) struct Serve {
     /// FROM..TO bytes of the disk, with K, M, G, T or s (512-byte sectors); WHEN nth=N, times=N or every=N.
     #[arg(long, value_name = "RULE", value_parser = Rule::from_str)]
     pub(crate) fault: Vec<Rule>,
+
+    /// Where to record that a sync has failed, for the process that serves the image after a crash of this one
+    /// [default: /run/tapdisk for root, else $XDG_RUNTIME_DIR/tapdisk]
+    ///
+    /// Linux tells of lost data once. An image of which a sync has failed takes no write or flush any more until
+    /// tapdisk is told to stop (Ctrl-C, SIGTERM) and started anew; that it died in between changes nothing.
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
+    pub(crate) state_dir: Option<PathBuf>,
 
     /// How much memory the data of all clients' requests may take up together
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = memory)]

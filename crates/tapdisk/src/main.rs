@@ -4,6 +4,7 @@ mod cli;
 mod logging;
 mod serve;
 mod size;
+mod state;
 
 use std::io::Write;
 use std::path::Path;

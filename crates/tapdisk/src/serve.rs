@@ -13,13 +13,13 @@ use guest::nbd::{Exports, Server, Settings};
 use guest::vhost;
 use image::{Chain, Raw};
 use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle as SignalHandle, Signals};
-use storage::file::{self, File, OpenError, Opened, Options};
+use storage::file::{self, File, OpenError, Opened, Options, Record};
 use storage::{Null, Ram, Storage};
 
 use crate::cli::{Cache, Image, Ring, Serve};
-use crate::{logging, size};
+use crate::{logging, size, state};
 
 /// Memory for requests that the kernel is told of once (registered buffers).
 const ARENA: usize = 16 << 20;
@@ -30,6 +30,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(30);
 enum Message {
     Stop,
     LogState,
+    Grow,
 }
 
 /// Serves until told to stop.
@@ -38,7 +39,7 @@ pub(crate) fn run(arguments: &Serve) -> anyhow::Result<()> {
     raise_file_limit();
     // SIGXFSZ kills by default; caught, writes beyond the limit fail with EFBIG and are answered.
     let mut signals =
-        Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGXFSZ]).context("signals cannot be waited for")?;
+        Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGXFSZ]).context("signals cannot be waited for")?;
     let ended = signals.handle();
     let mailbox = Mailbox::default();
     let messages = mailbox.sender();
@@ -69,6 +70,7 @@ fn pass_on_signals(signals: &mut Signals, messages: &Sender<Message>) {
     for signal in signals.forever() {
         match signal {
             SIGUSR1 => messages.send(Message::LogState),
+            SIGHUP => messages.send(Message::Grow),
             SIGINT | SIGTERM if stopping => {
                 eprintln!("tapdisk: told to stop a second time: ends at once, without a flush");
                 std::process::exit(128 + signal);
@@ -126,7 +128,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         sockets: front_doors.iter().map(ToString::to_string).collect(),
     };
     let export = arguments.export.clone();
-    let (disk, how) = (Disk::new(&handle, chain, config), contents.how);
+    let (disk, how, record) = (Disk::new(&handle, chain, config), contents.how, contents.record);
     runtime.block_on(async move {
         let exports = Exports::one(&export, disk.name(), Rc::new(disk.clone()))?;
         let server = Server::new(handle.clone(), exports, settings);
@@ -134,8 +136,13 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         let guests = vhost::Server::new(handle, Rc::new(disk.clone()), front_settings);
         front_doors.into_iter().for_each(|listener| guests.listen(listener));
         announce(&disk, &how, &places);
-        while let Message::LogState = mailbox.receive().await {
-            disk.log_state();
+        loop {
+            match mailbox.receive().await {
+                Message::LogState => disk.log_state(),
+                // A task of its own: storage that hangs must not keep the order to stop from being heard.
+                Message::Grow => disk.handle().spawn(grow(disk.clone())),
+                Message::Stop => break,
+            }
         }
         tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
         // Guests first: what is held for one stays with it for whoever serves it next.
@@ -144,8 +151,23 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         server.drain().await;
         let flushed = disk.close().await;
         disk.log_state();
+        // Whoever told it to stop learns from its end what is lost, and starts it anew knowing that.
+        record.iter().for_each(Record::forget);
         flushed.context("data that clients were told is written may be lost")
     })
+}
+
+/// Takes in what was added to the image, and logs what came of it.
+async fn grow(disk: Disk) {
+    let old = disk.size();
+    let (name, result) = (disk.name().to_owned(), disk.grow().await);
+    match result {
+        Ok(new) if new == old => {
+            tracing::info!(disk = name, size = old, "told to grow, but nothing was added")
+        }
+        Ok(new) => tracing::info!(disk = name, old, new, "the disk has grown, in bytes"),
+        Err(error) => tracing::error!(disk = name, size = old, %error, "told to grow, but it stays as it is"),
+    }
 }
 
 fn ring_flags(ring: Ring) -> RingFlags {
@@ -162,17 +184,19 @@ struct Contents {
     storage: Rc<dyn Storage>,
     /// How it is used, in words.
     how: String,
+    /// Where a failed sync is recorded.
+    record: Option<Record>,
 }
 
 fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
     let path = match &arguments.image {
         Image::Null(bytes) => {
             let how = "nothing behind it: reads give zeroes, writes are forgotten".into();
-            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), how });
+            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), how, record: None });
         }
         Image::Ram(bytes) => {
             let how = "in memory: lost when tapdisk ends".into();
-            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), how });
+            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), how, record: None });
         }
         Image::Path(path) => path,
     };
@@ -180,16 +204,26 @@ fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
         Cache::Direct => file::Cache::Direct,
         Cache::Buffered => file::Cache::Buffered,
     };
+    let records = if arguments.read_only { None } else { state::records(arguments.state_dir.as_ref())? };
     let options =
-        Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT };
+        Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT, records };
     let opened = file::open(path, &options)?;
     let handle = runtime.handle().clone();
     let opened = runtime.block_on(async move {
         file::check_short_transfers(&handle, &opened).await?;
         Ok::<_, OpenError>(opened)
     })?;
-    let how = describe(&opened, arguments);
-    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), how })
+    let (how, record) = (describe(&opened, arguments), opened.record.clone());
+    if let (Some(error), Some(record)) = (&opened.poison, &record) {
+        let (image, record) = (path.display(), record.path());
+        let record = record.display();
+        tracing::error!(
+            %image, %error, %record,
+            "a sync of this image failed before, and whoever served it then did not end in order: flushes and writes \
+             fail until tapdisk is told to stop (Ctrl-C, SIGTERM) and started anew"
+        );
+    }
+    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), how, record })
 }
 
 fn describe(opened: &Opened, arguments: &Serve) -> String {
@@ -246,6 +280,12 @@ fn announce(disk: &Disk, how: &str, places: &Places) {
     }
     if !disk.size().is_multiple_of(512) {
         text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");
+    }
+    if let Some(error) = disk.poison() {
+        text.push_str(&format!(
+            "\nPOISONED: {error}.\n    What was written before may be lost. Flushes and writes fail until tapdisk is \
+             stopped in order (Ctrl-C)\n    and started anew; look at the data first."
+        ));
     }
     text.push_str("\nCtrl-C ends it.");
     // Nobody may be reading, and that is no reason not to serve.

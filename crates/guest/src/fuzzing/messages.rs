@@ -102,7 +102,12 @@ fn exchange(runtime: &Runtime, bytes: &[u8]) -> Vec<u8> {
     let back = OwnedFd::from(back);
     runtime.block_on(async move {
         server.serve_one(back).await;
-        handle.yield_now().await; // for what ends with the connection
+        // Its last signals, and what ends with the connection.
+        let patience = Instant::now();
+        while handle.in_flight() > 0 {
+            assert!(patience.elapsed() < PATIENCE, "something is still waited for");
+            handle.sleep(Duration::from_millis(1)).await;
+        }
     });
     talk.join().expect("the front end does not panic")
 }

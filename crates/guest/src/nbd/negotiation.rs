@@ -19,6 +19,8 @@ pub(crate) struct Agreed {
     pub(crate) style: Style,
     /// Whether the client selected `base:allocation` for this export, and so may ask for block status.
     pub(crate) allocation: bool,
+    /// Bytes, as the client was told. NBD has no way to tell it of more.
+    pub(crate) size: u64,
 }
 
 /// Why a client is disconnected during the handshake: what was found, and what was expected.
@@ -224,7 +226,8 @@ impl Negotiation {
 
     fn agreed(&self, export: Rc<Export>) -> Agreed {
         let allocation = self.allocation.as_ref().is_some_and(|selected| Rc::ptr_eq(selected, &export));
-        Agreed { export, style: self.style, allocation }
+        let size = export.disk().size();
+        Agreed { export, style: self.style, allocation, size }
     }
 
     /// `NBD_OPT_EXPORT_NAME`: the one option whose reply has no form for an error.

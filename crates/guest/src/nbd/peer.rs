@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use block::{Buf, Errno};
 use runtime::{Fd, Handle, Instant};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::{negotiation, request};
 use crate::budget::{Account, Budget};
@@ -130,6 +131,8 @@ pub(crate) struct Peer {
     pub(crate) is_large: Cell<bool>,
     /// The stream buffer is to be exchanged for a small one.
     pub(crate) is_recalled: Cell<bool>,
+    /// The client was found to send nothing more, and has requests with the disk.
+    has_hung_up: Cell<bool>,
     /// What `moved` was when it was last seen to change, and when that was.
     active: Cell<(u64, Instant)>,
     /// What `moved` was when the client was last seen to keep pace, and when that was.
@@ -164,6 +167,7 @@ impl Peer {
             unanswered: Cell::new(0),
             is_large: Cell::new(false),
             is_recalled: Cell::new(false),
+            has_hung_up: Cell::new(false),
             active: Cell::new((0, now)),
             pace: Cell::new((0, now)),
             order: Cell::new(None),
@@ -311,9 +315,27 @@ impl Peer {
         .await
     }
 
+    /// Waits, in a future that [`Peer::until_told`] runs, until the client is found to send nothing more while it has
+    /// requests with the disk.
+    pub(crate) async fn hung_up(&self) {
+        std::future::poll_fn(|_| if self.has_hung_up.take() { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
+    /// Whether the other side has closed its end, or at least sends nothing more.
+    fn sends_nothing_more(&self) -> bool {
+        let mut sockets = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::RDHUP)];
+        let found = rustix::event::poll(&mut sockets, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        found.is_ok_and(|count| count > 0)
+    }
+
     /// Looks after the connection from time to time: drops a client that is in the way, takes back what is idle.
     pub(crate) fn look_after(&self, budget: &Budget, patience: &Patience) {
         let now = self.handle.now();
+        let is_serving = self.phase.get() == Phase::Transmission;
+        if is_serving && self.unanswered.get() > 0 && self.sends_nothing_more() {
+            self.has_hung_up.set(true);
+            self.wake();
+        }
         let moved = self.moved.get();
         if moved != self.active.get().0 {
             self.active.set((moved, now));

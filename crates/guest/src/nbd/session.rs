@@ -1,6 +1,8 @@
 //! Receives a client's requests and hands them to the disk, from its last option to its end.
 
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 use block::{Buf, Pool};
 
@@ -9,7 +11,7 @@ use super::negotiation::{Agreed, Negotiation, Progress};
 use super::peer::{End, Peer, Phase};
 use super::request::{Asked, Terms, Verdict, judge};
 use super::stream::{LargeBuffers, Stream};
-use super::wire::{PAYLOAD_LEN_MAX, Style};
+use super::wire::PAYLOAD_LEN_MAX;
 
 /// Bytes received at a time during the handshake.
 const HANDSHAKE_LEN: usize = 4096;
@@ -70,15 +72,25 @@ pub(crate) async fn transmit(
 ) -> End {
     let peer = connection.peer();
     peer.enter(Phase::Transmission);
-    let (style, allocation) = (agreed.style, agreed.allocation);
+    let Agreed { style, allocation, size, .. } = *agreed;
+    let terms = Terms { style, allocation, size, read_only: connection.disk().limits().read_only };
     let mut stream = Stream::new(peer.clone(), large_buffers, &received);
     drop(received);
     let end = peer
         .until_told(async {
-            match receive_requests(connection, style, allocation, &mut stream).await {
-                Ok(never) => match never {},
-                Err(end) => end,
-            }
+            let mut giving_up = pin!(give_up_when_alone(connection));
+            let mut receiving = pin!(receive_requests(connection, terms, &mut stream));
+            std::future::poll_fn(|cx| {
+                if let Poll::Ready(never) = giving_up.as_mut().poll(cx) {
+                    match never {}
+                }
+                match receiving.as_mut().poll(cx) {
+                    Poll::Ready(Ok(never)) => match never {},
+                    Poll::Ready(Err(end)) => Poll::Ready(end),
+                    Poll::Pending => Poll::Pending,
+                }
+            })
+            .await
         })
         .await;
     peer.is_receiving.set(false);
@@ -115,18 +127,23 @@ async fn linger(stream: &mut Stream) {
     }
 }
 
+/// Ends what is held for a client that sends nothing more. Whoever receives from it may not get to see that: it waits
+/// for room or memory, which those requests have.
+async fn give_up_when_alone(connection: &Connection) -> std::convert::Infallible {
+    loop {
+        connection.peer().hung_up().await;
+        connection.give_up().await;
+    }
+}
+
 /// Takes requests one after the other, for ever.
 async fn receive_requests(
     connection: &Rc<Connection>,
-    style: Style,
-    allocation: bool,
+    terms: Terms,
     stream: &mut Stream,
 ) -> Result<std::convert::Infallible, End> {
     loop {
-        let disk = connection.disk();
-        let (size, read_only) = (disk.size(), disk.limits().read_only);
-        let terms = Terms { style, allocation, size, read_only };
-        while let Some(header) = stream.header(style) {
+        while let Some(header) = stream.header(terms.style) {
             let (cookie, at) = (header.cookie, header.at);
             match judge(&header, terms) {
                 Verdict::Serve(asked) => serve(connection, stream, cookie, asked).await?,

@@ -57,9 +57,9 @@ pub(crate) struct Mapping {
     /// The first byte that was asked for.
     ptr: NonNull<u8>,
     len: usize,
-    /// What was mapped for that: whole pages.
-    base: NonNull<u8>,
-    mapped: usize,
+    /// What was reserved for that: the whole pages that hold it, and pages around them that nobody may touch.
+    reserved: NonNull<u8>,
+    reserved_len: usize,
     watched: Option<Watched>,
 }
 
@@ -93,23 +93,36 @@ impl Mapping {
         let from = offset & !(page - 1);
         let to = end.checked_next_multiple_of(page).ok_or_else(range)?;
         let mapped = usize::try_from(to - from).ok().filter(|len| *len <= isize::MAX as usize);
-        let mapped = mapped.ok_or_else(range)?;
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        let (mapped, page) = (mapped.ok_or_else(range)?, page as usize);
+        // A page before it, one behind it, and one to start at a multiple of a page that is not the machine's.
+        let reserved_len = mapped.checked_add(3 * page).ok_or_else(range)?;
+        let (none, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
         // SAFETY: a new mapping, wherever the kernel puts it.
-        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), mapped, access, flags, fd, from) };
-        let base = NonNull::new(base.map_err(failed)?.cast::<u8>()).ok_or(MapError::Map(Errno::ENOMEM))?;
-        let skip = (offset - from) as usize;
-        // SAFETY: `skip` is less than a page, and so within the mapping.
-        let ptr = unsafe { base.add(skip) };
+        let reserved = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), reserved_len, none, flags) };
+        let reserved = reserved.map_err(failed)?.cast::<u8>();
+        let skip = reserved.addr().next_multiple_of(page) - reserved.addr() + page;
+        // SAFETY: less than two pages, and so within what was reserved, as are `mapped` bytes from there on.
+        let (base, ptr) = unsafe { (reserved.add(skip), reserved.add(skip + (offset - from) as usize)) };
+        let (Some(reserved), Some(ptr)) = (NonNull::new(reserved), NonNull::new(ptr)) else {
+            return Err(MapError::Map(Errno::ENOMEM));
+        };
         // From here on dropping it unmaps.
-        let mut mapping = Mapping { ptr, len: len as usize, base, mapped, watched: None };
-        mapping.watched = Some(Watched::new(base.as_ptr().addr(), mapped, page as usize)?);
+        let mut mapping = Mapping { ptr, len: len as usize, reserved, reserved_len, watched: None };
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: in the place of pages that were just reserved and that nobody else knows of.
+        let mapped_at =
+            unsafe { rustix::mm::mmap(base.cast(), mapped, access, flags | MapFlags::FIXED, fd, from) };
+        mapped_at.map_err(failed)?;
+        mapping.watched = Some(Watched::new(base.addr(), mapped, page)?);
         Ok(Rc::new(mapping))
     }
 
-    /// Bytes.
-    pub(crate) fn len(&self) -> usize {
-        self.len
+    /// A mapping that nobody watches over, as the process may have others: a test shows what becomes of these.
+    #[cfg(test)]
+    pub(super) fn new_unwatched(fd: &OwnedFd, len: u64) -> Rc<Mapping> {
+        let mut mapping = Rc::into_inner(Mapping::new(fd.as_fd(), 0, len).expect("a file of that length"));
+        mapping.iter_mut().for_each(|mapping| mapping.watched = None);
+        Rc::new(mapping.expect("nobody else has it yet"))
     }
 
     /// Whether its file was cut short under somebody's hands.
@@ -133,8 +146,8 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // First, so that nothing is put in the place of memory that is somebody else's by then.
         self.watched = None;
-        // SAFETY: mapped in `new`, and whoever uses it has a clone of the `Rc` that is being dropped.
-        if let Err(errno) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.mapped) } {
+        // SAFETY: reserved in `new`, and whoever uses it has a clone of the `Rc` that is being dropped.
+        if let Err(errno) = unsafe { rustix::mm::munmap(self.reserved.as_ptr().cast(), self.reserved_len) } {
             tracing::error!(%errno, "guest memory could not be unmapped (a bug in tapdisk)");
         }
     }

@@ -10,7 +10,7 @@ use block::Errno;
 use guest::nbd::{Patience, Settings};
 
 use crate::client::*;
-use crate::disk::Act;
+use crate::disk::{Act, Seen};
 use crate::server::Plan;
 
 fn impatient() -> Settings {
@@ -138,6 +138,52 @@ fn what_is_held_for_a_client_ends_with_it_and_nobody_elses() {
             assert_eq!(other.answer().error, 0);
         }
     }
+}
+
+#[test]
+fn what_is_held_ends_with_a_client_that_has_sent_more_than_is_taken() {
+    for is_heard in [true, false] {
+        let hold = Box::new(|_, _: &Seen| Act::Hold(Errno::ENOSPC));
+        let server = Plan { script: hold, settings: impatient(), ..Plan::default() }.start();
+        let mut client = Client::connect(&server.path(), Style::Structured);
+        for nth in 0..300 {
+            client.write(nth, nth * 512, &[9; 512]);
+        }
+        // As many as one client may have out; the others wait in the socket, and the end behind them.
+        server.until("it is full", |stats| stats.unanswered == 128);
+        if is_heard {
+            client.stream.shutdown(Shutdown::Write).unwrap();
+            let mut cookies: Vec<_> = (0..300)
+                .map(|_| client.answer())
+                .map(|answer| {
+                    assert_eq!(answer.error, 28);
+                    answer.cookie
+                })
+                .collect();
+            cookies.sort_unstable();
+            assert_eq!(cookies, Vec::from_iter(0..300));
+            client.end();
+        } else {
+            drop(client);
+        }
+        server.until("it is gone", |stats| stats.connections == 0 && stats.memory == 0);
+    }
+}
+
+#[test]
+fn what_is_held_ends_with_a_client_whose_payloads_take_all_memory() {
+    let hold = Box::new(|_, _: &Seen| Act::Hold(Errno::ENOSPC));
+    let settings = Settings { memory: 64 << 20, ..impatient() };
+    let server = Plan { size: 33 << 20, script: hold, settings, ..Plan::default() }.start();
+    let mut client = Client::connect(&server.path(), Style::Simple);
+    client.write(0, 0, &vec![9; 32 << 20]);
+    server.until("one is held", |stats| stats.unanswered == 1);
+    // What it has no memory for is not received: sending comes to a halt.
+    client.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let error = client.stream.write_all(&write(Style::Simple, 1, 0, &vec![9; 32 << 20])).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    drop(client);
+    server.until("it is gone", |stats| stats.connections == 0 && stats.memory == 0);
 }
 
 #[test]

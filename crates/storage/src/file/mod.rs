@@ -6,6 +6,7 @@
 
 mod lock;
 mod open;
+mod record;
 mod sync;
 mod transfer;
 mod trust;
@@ -21,6 +22,7 @@ use runtime::{Allocate, Fd, Handle, Seek};
 use crate::permits::Permits;
 use crate::{Access, Io, RangeLocks, Storage, Zeroing};
 pub use open::{Cache, OpenError, Opened, Options, open};
+pub use record::{Record, Records};
 use sync::Sync;
 use transfer::{Direction, transfer};
 pub use trust::check_short_transfers;
@@ -41,7 +43,8 @@ pub struct File {
     /// The same file without O_DIRECT, for its last bytes where its size is no multiple of the alignment.
     tail: Option<Rc<Fd>>,
     name: String,
-    size: u64,
+    /// Bytes; it only grows.
+    size: Cell<u64>,
     align: u64,
     memory_align: usize,
     direct: bool,
@@ -91,7 +94,9 @@ impl File {
             direct: opened.direct,
             read_only: opened.read_only,
         };
-        File::from_parts(handle, parts)
+        let mut file = File::from_parts(handle, parts);
+        file.sync = Sync::new(opened.record, opened.poison);
+        file
     }
 
     /// Puts a file together.
@@ -101,7 +106,7 @@ impl File {
             fd: parts.fd,
             tail: parts.tail,
             name: parts.name,
-            size: parts.size,
+            size: Cell::new(parts.size),
             align: u64::from(parts.align),
             memory_align: parts.memory_align as usize,
             direct: parts.direct,
@@ -117,7 +122,7 @@ impl File {
 
     /// Where the part that can be read and written directly ends.
     fn direct_end(&self) -> u64 {
-        self.size & !(self.align - 1)
+        self.size.get() & !(self.align - 1)
     }
 
     /// The aligned blocks that a span touches, as far as they can be read and written directly, and the rest: the
@@ -238,6 +243,27 @@ impl File {
         self.tail.as_ref().expect("a file with an incomplete last block has a way to it")
     }
 
+    /// Takes in what was added at the end. What was an incomplete last block may be a whole one afterwards, and is no
+    /// longer reached through the tail; a write that is under way there keeps others off by its lock on the block.
+    async fn take_in(&self) -> Result<u64> {
+        let found = self.seek(0, Seek::End).await?;
+        let size = self.size.get();
+        if found < size {
+            return Err(sync::shrunk(found, size));
+        }
+        if !found.is_multiple_of(self.align) && self.tail.is_none() {
+            let doing =
+                format!("its end at {found} is no multiple of {} bytes and cannot be reached", self.align);
+            return Err(Error::new(Errno::EINVAL, doing));
+        }
+        if found > size {
+            self.size.set(found);
+            // Whoever made it larger may not have made that durable: the next flush has something to do.
+            drop(self.sync.changing());
+        }
+        Ok(found)
+    }
+
     /// fallocate(2) over the span; `Ok(false)` where the file system does not have it.
     async fn allocate(&self, mode: Allocate, span: Span) -> Result<bool> {
         let access = if self.align == 1 {
@@ -299,10 +325,9 @@ impl File {
                 Err(error) if error.errno() == Errno::ENXIO => {
                     // Nothing but a hole up to the end. What was cut off the file is none: reading it fails.
                     let found = self.seek(0, Seek::End).await?;
-                    if found < self.size {
-                        return Err(
-                            sync::shrunk(found, self.size).during(format_args!("look at {}", self.name))
-                        );
+                    let size = self.size.get();
+                    if found < size {
+                        return Err(sync::shrunk(found, size).during(format_args!("look at {}", self.name)));
                     }
                     span.end()
                 }
@@ -361,7 +386,7 @@ impl File {
 
 impl Storage for File {
     fn size(&self) -> u64 {
-        self.size
+        self.size.get()
     }
 
     fn limits(&self) -> Limits {
@@ -420,7 +445,7 @@ impl Storage for File {
             if self.read_only {
                 return Ok(());
             }
-            self.sync.flush(&self.handle, &self.fd, &self.name, self.size).await
+            self.sync.flush(&self.handle, &self.fd, &self.name, self.size.get()).await
         })
     }
 
@@ -436,6 +461,12 @@ impl Storage for File {
                 tracing::debug!(%errno, ?span, name = self.name, "reading ahead failed");
             }
             Ok(())
+        })
+    }
+
+    fn grow(&self) -> Io<'_, u64> {
+        Box::pin(async move {
+            self.take_in().await.map_err(|error| error.during(format_args!("grow {}", self.name)))
         })
     }
 

@@ -6,9 +6,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use block::Error;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
-use super::lock;
+use super::{Record, Records, lock};
 
 /// How the host's page cache is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -31,11 +32,15 @@ pub struct Options {
     pub create: Option<u64>,
     /// How long to wait for another process to let go of the file.
     pub wait: Duration,
+    /// Where it is kept which files are poisoned; without it a crash of the process is forgetful. It has no say where
+    /// writes are refused.
+    pub records: Option<Records>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { read_only: false, cache: Cache::Direct, create: None, wait: Duration::from_secs(30) }
+        let wait = Duration::from_secs(30);
+        Options { read_only: false, cache: Cache::Direct, create: None, wait, records: None }
     }
 }
 
@@ -93,7 +98,8 @@ fn after(waited: &Duration) -> String {
 pub struct Opened {
     /// The open file description that carries the I/O and the lock.
     pub file: std::fs::File,
-    /// The same file without O_DIRECT, for the end of a file whose size is no multiple of the alignment.
+    /// The same file without O_DIRECT, for the end of a file whose size is no multiple of the alignment, or is not once
+    /// it has grown.
     pub tail: Option<std::fs::File>,
     /// Where it is.
     pub path: PathBuf,
@@ -113,6 +119,10 @@ pub struct Opened {
     pub direct: bool,
     /// Why O_DIRECT is not in force although it was asked for.
     pub not_direct: Option<String>,
+    /// Where a failed sync is recorded.
+    pub record: Option<Record>,
+    /// The error of a sync that failed in a process before this one.
+    pub poison: Option<Error>,
 }
 
 /// Opens `path`; waits for a lock that another process holds, saying so.
@@ -159,6 +169,8 @@ fn try_open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
         memory_align: 1,
         direct,
         not_direct: None,
+        record: None,
+        poison: None,
     };
     if direct {
         match alignment(&opened) {
@@ -174,12 +186,24 @@ fn try_open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
         }
     }
     opened.not_direct = not_direct;
-    if !opened.size.is_multiple_of(u64::from(opened.align)) {
+    let has_tail = !opened.size.is_multiple_of(u64::from(opened.align));
+    if has_tail || (opened.align > 1 && !opened.is_block_device) {
         // A new open file description, since O_DIRECT belongs to the description; through /proc, since the name may
         // mean another file by now.
         let same = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
-        let tail = std::fs::File::options().read(true).write(!options.read_only).open(same);
-        opened.tail = Some(tail.map_err(system("open its end without O_DIRECT"))?);
+        match std::fs::File::options().read(true).write(!options.read_only).open(same) {
+            Ok(tail) => opened.tail = Some(tail),
+            Err(error) if has_tail => return Err(system("open its end without O_DIRECT")(error)),
+            Err(error) => tracing::debug!(path = %path.display(), %error, "it can grow by whole blocks only"),
+        }
+    }
+    if let Some(records) = options.records.as_ref().filter(|_| !options.read_only) {
+        let record = records.of(&opened.file, path).map_err(system("find out its identity"))?;
+        if opened.created {
+            record.forget(); // of a file that was there before
+        }
+        opened.poison = record.restore();
+        opened.record = Some(record);
     }
     Ok(opened)
 }

@@ -1,7 +1,8 @@
 //! What of a file is durable, and what becomes of it when making it durable fails: poison.
 //!
 //! Linux tells of lost data once and then marks the pages clean, so that the next sync succeeds without the data.
-//! Therefore a failed sync is final: it is never tried again, and every later flush and write fails with its error.
+//! Therefore a failed sync is final: it is never tried again, and every later flush and write fails with its error. That
+//! is recorded outside of the process (`record`) before anybody hears of it, so that a successor knows.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 use block::{Errno, Error, Result};
 use runtime::{Fd, Handle, Seek};
+
+use super::Record;
 
 /// A sync that could not even start (EAGAIN) is tried again after this long, doubled each time.
 const BACKOFF_MIN: Duration = Duration::from_millis(1);
@@ -27,6 +30,7 @@ pub(super) struct Sync {
     running: Cell<bool>,
     waiting: RefCell<Vec<Waker>>,
     poison: RefCell<Option<Error>>,
+    record: Option<Record>,
 }
 
 impl Default for Sync {
@@ -37,6 +41,7 @@ impl Default for Sync {
             running: Cell::new(false),
             waiting: RefCell::default(),
             poison: RefCell::default(),
+            record: None,
         }
     }
 }
@@ -51,6 +56,11 @@ impl Drop for Change<'_> {
 }
 
 impl Sync {
+    /// Of a file whose poison is recorded there, and is this already.
+    pub(super) fn new(record: Option<Record>, poison: Option<Error>) -> Sync {
+        Sync { record, poison: RefCell::new(poison), ..Sync::default() }
+    }
+
     /// Notes that bytes are being changed; hold it until that is done.
     pub(super) fn changing(&self) -> Change<'_> {
         Change(self)
@@ -78,7 +88,11 @@ impl Sync {
             let run = Run::start(self);
             let covered = self.changes.get();
             let result = sync(handle, fd, size).await;
-            run.end(covered, result.map_err(|error| error.during(format_args!("sync {name}"))));
+            let result = result.map_err(|error| error.during(format_args!("sync {name}")));
+            if let (Err(error), Some(record)) = (&result, &self.record) {
+                record.keep(error).await;
+            }
+            run.end(covered, result);
         }
     }
 
@@ -114,10 +128,13 @@ impl<'a> Run<'a> {
 
 impl Drop for Run<'_> {
     fn drop(&mut self) {
-        let result = self
-            .result
-            .take()
-            .unwrap_or_else(|| Err(Error::new(Errno::EIO, "a sync was given up before its end")));
+        let result = self.result.take().unwrap_or_else(|| {
+            let error = Error::new(Errno::EIO, "a sync was given up before its end");
+            if let Some(record) = &self.sync.record {
+                record.keep_at_once(&error);
+            }
+            Err(error)
+        });
         match result {
             Ok(covered) => self.sync.synced.set(covered),
             Err(error) => *self.sync.poison.borrow_mut() = Some(error.lasting()),

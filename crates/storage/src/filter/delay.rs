@@ -76,6 +76,10 @@ impl Storage for Delay {
         self.below.prefetch(span)
     }
 
+    fn grow(&self) -> Io<'_, u64> {
+        self.below.grow()
+    }
+
     fn poison(&self) -> Option<Error> {
         self.below.poison()
     }

@@ -84,6 +84,10 @@ impl Storage for Fault {
         self.below.prefetch(span)
     }
 
+    fn grow(&self) -> Io<'_, u64> {
+        self.below.grow()
+    }
+
     fn poison(&self) -> Option<Error> {
         self.poison.borrow().clone().or_else(|| self.below.poison())
     }

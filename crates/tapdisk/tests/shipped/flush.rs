@@ -1,9 +1,11 @@
 //! Flushes: what they promise, how often they reach the storage, and what follows when one fails.
 
-use faultfs::{Cache, Options};
-use nbd_client::{Errno, Request, Style};
+use faultfs::{Cache, FaultFs, Options};
+use nbd_client::{Client, Errno, Request, Style};
 
-use crate::server::{Ask, CACHES, LONG, STYLES, Server, durable, mount, pattern, rule, syncs, zeroes};
+use crate::server::{
+    Ask, CACHES, IMAGE, LONG, STYLES, Server, durable, mount, pattern, rule, syncs, tapdisk, zeroes,
+};
 
 #[test]
 fn after_a_sync_that_failed_once_every_flush_and_write_fails_until_a_restart() {
@@ -39,6 +41,122 @@ fn after_a_sync_that_failed_once_every_flush_and_write_fails_until_a_restart() {
         assert_eq!(client.write(0, &pattern(0, 4096, 2)), Ok(()), "{cache}");
         assert_eq!(client.flush(), Ok(()), "{cache}");
         assert!(server.stop().status.success());
+    }
+}
+
+/// Writes, and has a sync of it fail once, as when the kernel loses what it had to write back.
+fn poison(fs: &FaultFs, client: &mut Client) {
+    assert_eq!(client.write(0, &pattern(0, 4096, 1)), Ok(()));
+    rule(fs, "fsync:ENOSPC:once,lose");
+    assert_eq!(client.flush(), Err(Errno::NOSPC));
+}
+
+#[test]
+fn after_a_crash_the_successor_knows_that_a_sync_has_failed() {
+    for (cache, style) in CACHES.into_iter().zip(STYLES) {
+        let Some(fs) = mount() else { return };
+        let state = tempfile::tempdir().unwrap();
+        let words = ["--cache", cache, "--state-dir", state.path().to_str().unwrap()];
+        let server = Server::on(&fs, &words);
+        poison(&fs, &mut server.client(style));
+        server.kill();
+        for crash in 1..=2 {
+            let server = Server::on(&fs, &words);
+            for said in [server.stdout(), server.stderr()] {
+                for what in ["a sync failed at 20", "ENOSPC", "Ctrl-C", "anew"] {
+                    assert!(said.contains(what), "{cache}, crash {crash}: no {what} in {said}");
+                }
+            }
+            let (before, mut client) = (syncs(&fs), server.client(style));
+            for request in [
+                Request::write(8192, &[1; 4096]),
+                Request::write(0, &[1; 512]).fua(),
+                Request::zeroes(0, 4096),
+                Request::trim(0, 4096),
+                Request::flush(),
+            ] {
+                assert_eq!(client.done(&request), Err(Errno::NOSPC), "{cache}, crash {crash}, {request:?}");
+            }
+            let read = if cache == "direct" { Ok(pattern(0, 4096, 1)) } else { Err(Errno::NOSPC) };
+            assert_eq!(client.read(0, 4096), read, "{cache}, crash {crash}");
+            assert_eq!(syncs(&fs), before, "{cache}: the storage is not asked again");
+            server.kill();
+        }
+        // Who looks only learns nothing of it and changes nothing about it.
+        let looks = Server::on_read_only(&fs, &words);
+        assert_eq!(looks.client(style).read(0, 4096), Ok(pattern(0, 4096, 1)));
+        assert!(looks.stop().status.success());
+
+        let ended = Server::on(&fs, &words).stop();
+        assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+        assert!(ended.stderr.contains("data that clients were told is written may be lost"), "{cache}");
+        let server = Server::on(&fs, &words);
+        let mut client = server.client(style);
+        assert_eq!(client.write(0, &pattern(0, 4096, 2)), Ok(()), "{cache}");
+        assert_eq!(client.flush(), Ok(()), "{cache}");
+        assert_eq!(durable(&fs, 0, 4096), pattern(0, 4096, 2));
+        assert!(server.stop().status.success());
+        assert_eq!(std::fs::read_dir(state.path()).unwrap().count(), 0, "{cache}: nothing is left of it");
+    }
+}
+
+#[test]
+fn a_failed_sync_is_recorded_before_anybody_is_told() {
+    let Some(fs) = mount() else { return };
+    let state = tempfile::tempdir().unwrap();
+    let server = Server::on(&fs, &["--state-dir", state.path().to_str().unwrap()]);
+    poison(&fs, &mut server.client(Style::Simple));
+    let records: Vec<_> =
+        std::fs::read_dir(state.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(records.len(), 1, "{records:?}");
+    let text = std::fs::read_to_string(&records[0]).unwrap();
+    for what in [IMAGE, "ENOSPC", "sync"] {
+        assert!(text.contains(what), "no {what} in {text}");
+    }
+    server.kill();
+}
+
+#[test]
+fn a_new_image_under_the_name_of_a_poisoned_one_is_well() {
+    let Some(fs) = mount() else { return };
+    let state = tempfile::tempdir().unwrap();
+    let words = ["--state-dir", state.path().to_str().unwrap()];
+    let server = Server::on(&fs, &words);
+    poison(&fs, &mut server.client(Style::Simple));
+    server.kill();
+    std::fs::remove_file(fs.path().join(IMAGE)).unwrap();
+    let server = Server::on(&fs, &words);
+    let mut client = server.client(Style::Simple);
+    assert_eq!(client.write(0, &pattern(0, 4096, 1)), Ok(()));
+    assert_eq!(client.flush(), Ok(()));
+    assert!(server.stop().status.success());
+}
+
+#[test]
+fn where_a_failed_sync_cannot_be_recorded_that_is_said_and_the_error_is_told() {
+    let Some(fs) = mount() else { return };
+    let state = tempfile::tempdir().unwrap();
+    let directory = state.path().join("run");
+    let server = Server::on(&fs, &["--state-dir", directory.to_str().unwrap()]);
+    std::fs::remove_dir(&directory).unwrap();
+    poison(&fs, &mut server.client(Style::Simple));
+    server.wait_for_log("ITS SUCCESSOR WILL NOT KNOW");
+    assert_eq!(server.stop().status.code(), Some(1));
+
+    // A place that was asked for and cannot be used is an error; without any, it serves as well, and says so once.
+    let image = fs.path().join(IMAGE);
+    let mut command = tapdisk(["serve", image.to_str().unwrap(), "--state-dir", image.to_str().unwrap()]);
+    let refused = command.output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("cannot use ") && said.contains(IMAGE), "{said}");
+    let mut command = tapdisk(["serve", image.to_str().unwrap(), "--nbd"]);
+    command.arg(format!("unix:{}", state.path().join("nbd.sock").display()));
+    command.env_remove("XDG_RUNTIME_DIR");
+    if !rustix::process::geteuid().is_root() {
+        let server = Server::run(command, state, Some(&fs));
+        server.wait_ready();
+        assert_eq!(server.stderr().matches("cannot be recorded").count(), 1, "{}", server.stderr());
     }
 }
 

@@ -5,10 +5,10 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Output;
 
-use nbd_client::{Client, Style};
+use nbd_client::{Client, Errno, Style};
 use rustix::process::Signal;
 
-use crate::server::{Ask, Server, mount, pattern, rule, syncs, tapdisk, wait_until, zeroes};
+use crate::server::{Ask, Bytes, CACHES, Server, mount, pattern, rule, syncs, tapdisk, wait_until, zeroes};
 
 fn refused(words: &[&str]) -> String {
     let Output { status, stderr, .. } = tapdisk(words.iter()).output().unwrap();
@@ -55,6 +55,60 @@ fn without_an_address_it_listens_on_a_socket_named_after_the_image() {
     server.wait_ready();
     assert!(server.stdout().contains(socket.to_str().unwrap()), "{}", server.stdout());
     assert_eq!(Client::connect(&socket, Style::Simple).unwrap().read(0, 512), Ok(zeroes(512)));
+    assert!(server.stop().status.success());
+}
+
+/// The size that a client is told when it connects.
+fn told(server: &Server<'_>) -> u64 {
+    server.client(Style::Structured).size()
+}
+
+#[test]
+fn told_to_grow_it_takes_in_what_was_added_to_the_image() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("disk.img");
+    let image = std::fs::File::create_new(&path).unwrap();
+    for cache in CACHES {
+        image.set_len(10_000).unwrap();
+        let server = Server::of(&[path.to_str().unwrap(), "--cache", cache]);
+        let mut old = server.client(Style::Structured);
+        assert_eq!((old.size(), told(&server)), (10_000, 10_000));
+        server.signal(Signal::HUP);
+        server.wait_for_log("nothing was added");
+        for (from, to) in [(10_000, 10_240), (10_240, 1 << 20), ((1 << 20), (1 << 20) + 77)] {
+            image.set_len(to).unwrap();
+            assert_eq!(told(&server), from, "{cache}: nobody has said so yet");
+            server.signal(Signal::HUP);
+            server.wait_for_log(&format!("old={from} new={to}"));
+            let mut new = server.client(Style::Structured);
+            assert_eq!((new.size(), old.size()), (to, 10_000), "{cache}");
+            assert_eq!(new.write(to - 100, &[cache.len() as u8; 100]), Ok(()), "{cache}");
+            assert_eq!(new.flush(), Ok(()));
+            assert_eq!(new.write(to - 99, &[1; 100]), Err(Errno::NOSPC), "{cache}: beyond the end");
+            // Who connected before keeps to what it was told.
+            assert_eq!(old.write(9_900, &[2; 100]), Ok(()), "{cache}");
+            assert_eq!(old.write(9_901, &[1; 100]), Err(Errno::NOSPC), "{cache}");
+            assert_eq!(old.read(10_000, 1), Err(Errno::INVAL), "{cache}");
+            assert_eq!(new.read(9_900, 100), Ok(Bytes(vec![2; 100])), "{cache}");
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes[1_048_553..] == [cache.len() as u8; 100] && bytes[9_900..10_000] == [2; 100]);
+        image.set_len(5_000).unwrap();
+        server.signal(Signal::HUP);
+        server.wait_for_log("shrunk to 5000 bytes, 1048653 are served");
+        assert_eq!(told(&server), 1_048_653);
+        image.set_len(1_048_653).unwrap();
+        assert!(server.stop().status.success());
+        image.set_len(0).unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_grow_says_so_and_is_served_on() {
+    let server = Server::of(&["ram:8M"]);
+    server.signal(Signal::HUP);
+    server.wait_for_log("EOPNOTSUPP");
+    assert_eq!(server.client(Style::Simple).read((8 << 20) - 512, 512), Ok(zeroes(512)));
     assert!(server.stop().status.success());
 }
 

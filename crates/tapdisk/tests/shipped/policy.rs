@@ -102,6 +102,28 @@ fn told_to_stop_it_answers_what_is_held_with_its_error_and_says_so() {
 }
 
 #[test]
+fn what_is_held_for_a_client_that_is_gone_ends_and_nobody_elses() {
+    let Some(fs) = mount() else { return };
+    let server = Server::on(&fs, &["--on-error", "hold"]);
+    let mut stays = server.client(Style::Structured);
+    let mut goes = server.client(Style::Structured);
+    let struck = rule(&fs, "write:EIO");
+    let kept = stays.send(&Request::write(0, &[1; 4096])).unwrap();
+    goes.send(&Request::write(4096, &[2; 4096])).unwrap();
+    wait_until("both are held", || fs.struck(struck) >= Some(2));
+    drop(goes);
+    server.wait_for_log("held requests are answered with their error, since whoever asked goes away");
+    wait_until("one is left", || {
+        server.signal(Signal::USR1);
+        server.stderr().contains("2 accepted, 1 answered, 0 in flight, 1 held")
+    });
+    fs.clear();
+    assert!(stays.wait(kept).unwrap().is_ok());
+    assert_eq!((stored(&fs, 0, 4096).0, stored(&fs, 4096, 4096)), (vec![1; 4096], zeroes(4096)));
+    assert!(server.stop().status.success());
+}
+
+#[test]
 fn an_io_error_is_held_until_the_storage_is_well_again() {
     let Some(fs) = mount() else { return };
     let server = Server::on(&fs, &["--on-error", "hold"]);

@@ -107,6 +107,16 @@ impl<'a> Server<'a> {
         server
     }
 
+    /// Serves the image on this file system to those who only look.
+    pub(crate) fn on_read_only(fs: &'a FaultFs, words: &[&str]) -> Server<'a> {
+        let image = fs.path().join(IMAGE);
+        let mut all = vec![image.as_os_str(), OsStr::new("--read-only")];
+        all.extend(words.iter().map(OsStr::new));
+        let server = Server::start(&all, Some(fs));
+        server.wait_ready();
+        server
+    }
+
     /// Serves what these words say, and waits until clients can connect.
     pub(crate) fn of<W: AsRef<OsStr>>(words: &[W]) -> Server<'static> {
         let server = Server::start(words, None);
@@ -114,10 +124,14 @@ impl<'a> Server<'a> {
         server
     }
 
-    /// Starts to serve what these words say, on a socket in a directory of its own.
+    /// Starts to serve what these words say, on a socket in a directory of its own. Where they do not say where failed
+    /// syncs are recorded, the next server knows nothing of them.
     pub(crate) fn start<W: AsRef<OsStr>>(words: &[W], fs: Option<&'a FaultFs>) -> Server<'a> {
         let directory = tempfile::tempdir().unwrap();
         let mut command = tapdisk(["serve"]);
+        if !words.iter().any(|word| word.as_ref() == "--state-dir") {
+            command.arg("--state-dir").arg(directory.path());
+        }
         command.args(words).arg("--nbd").arg(format!("unix:{}", directory.path().join(SOCKET).display()));
         Server::run(command, directory, fs)
     }

@@ -20,7 +20,7 @@ impl Ram {
             let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
             let file = File::from(fd);
             file.set_len(*len).unwrap();
-            (RegionSpec { guest: *guest, len: *len, user: USER + guest, offset: 0 }, file)
+            (RegionSpec { guest: *guest, len: *len, user: USER.wrapping_add(*guest), offset: 0 }, file)
         };
         Ram { parts: parts.iter().map(part).collect() }
     }
@@ -32,6 +32,11 @@ impl Ram {
 
     pub(super) fn memory(&self) -> Memory {
         Memory::new(self.regions(), None).unwrap()
+    }
+
+    /// One part alone.
+    pub(super) fn memory_of(&self, part: usize) -> Memory {
+        Memory::new(vec![self.regions().swap_remove(part)], None).unwrap()
     }
 
     /// The file behind a part.

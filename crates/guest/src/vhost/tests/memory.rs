@@ -1,0 +1,252 @@
+//! A guest's memory: what is found in it, what is refused, and what becomes of it when its file is cut short.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+
+use block::Buf;
+
+use super::super::fault;
+use super::super::memory::{MapError, Mapping, Memory, Outside, RegionSpec};
+use super::ram::{Ram, USER};
+
+const MIB: u64 = 1 << 20;
+
+fn lens(buf: &Buf) -> Vec<usize> {
+    buf.segments().iter().map(|piece| piece.len()).collect()
+}
+
+#[test]
+fn bytes_are_found_where_the_guest_has_them() {
+    // Two regions side by side, told in the other order, and one at the end of all addresses.
+    let last = u64::MAX - 0xfff;
+    let ram = Ram::new(&[(0x3000, 0x1000), (0x1000, 0x2000), (last, 0xfff)]);
+    let memory = ram.memory();
+    ram.write(0x2ffe, b"abcd");
+    for (at, len, pieces) in [
+        (0x1000, 0x2000, vec![0x2000]),
+        (0x2ffe, 4, vec![2, 2]),
+        (0x3000, 0x1000, vec![0x1000]),
+        (last, 0xfff, vec![0xfff]),
+    ] {
+        let buf = memory.buf(at, len).unwrap();
+        assert_eq!(lens(&buf), pieces);
+        assert_eq!(buf.to_vec(), ram.read(at, len));
+    }
+    let mut bytes = [0; 4];
+    memory.read(0x2ffe, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"abcd");
+    memory.byte(0x3001).unwrap().put(b'x');
+    memory.buf(0x2ffe, 4).unwrap().put(0, b"ABC");
+    assert_eq!(ram.read(0x2ffe, 4), b"ABCx");
+}
+
+#[test]
+fn bytes_that_are_not_all_there_are_refused() {
+    let last = u64::MAX - 0xfff;
+    let memory = Ram::new(&[(0x1000, 0x1000), (0x3000, 0x1000), (last, 0xfff)]).memory();
+    for (at, len) in [
+        (0xfff, 1),
+        (0xfff, 2),
+        (0x1fff, 2),
+        (0x1000, 0x2001),
+        (0x2000, 0x1000),
+        (0x3fff, 2),
+        (0x4000, 1),
+        (last, 0x1000),
+        (u64::MAX, 1),
+        (u64::MAX - 1, usize::MAX),
+    ] {
+        assert_eq!(
+            memory.buf(at, len).err(),
+            Some(Outside::Hole { at, len: len as u64 }),
+            "{len} bytes at {at:#x}"
+        );
+    }
+    let mut bytes = [0; 2];
+    assert!(memory.read(0x1fff, &mut bytes).is_err());
+    assert!(memory.byte(0x2000).is_err());
+}
+
+#[test]
+fn rings_are_found_by_the_front_ends_addresses() {
+    let ram = Ram::new(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
+    let memory = ram.memory();
+    assert!(memory.words(USER + 0x1000, 0x1000).is_ok());
+    assert!(memory.words(USER + 0x1800, 0x801).is_err(), "not over two regions");
+    assert!(memory.words(USER + 0xfff, 1).is_err());
+    assert!(memory.words(0x1000, 16).is_err(), "an address of the guest");
+    assert!(memory.words(u64::MAX, usize::MAX).is_err());
+}
+
+fn memfd(len: u64) -> OwnedFd {
+    let file = File::from(rustix::fs::memfd_create("short", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(len).unwrap();
+    file.into()
+}
+
+#[test]
+fn regions_that_cannot_be_are_refused() {
+    let map = |guest, len, user, offset| {
+        let spec = RegionSpec { guest, len, user, offset };
+        Memory::new(vec![(spec, memfd(0x3000))], None).err().map(|error| error.to_string())
+    };
+    assert_eq!(map(0, 0x3000, USER, 0), None);
+    assert_eq!(map(0, 0x1000, USER, 0x1234), None, "in the middle of a page");
+    for (guest, len, user, offset) in [
+        (0, 0, USER, 0),
+        (u64::MAX, 0x1000, USER, 0),
+        (0, 0x1000, u64::MAX - 0xffe, 0),
+        (0, 0x3001, USER, 0),
+        (0, 0x1000, USER, 0x2001),
+        (0, 0x1000, USER, u64::MAX - 0xfff),
+        (0, u64::MAX, 1, 0),
+        (0, i64::MAX as u64, 1, 1),
+    ] {
+        assert!(map(guest, len, user, offset).is_some(), "{guest:#x} {len:#x} {user:#x} {offset:#x}");
+    }
+    let short = map(0, 0x2000, USER, 0x1001).unwrap();
+    assert_eq!(short, "a region of 8192 bytes from byte 4097 of a file of 12288 bytes");
+}
+
+#[test]
+fn a_region_starts_where_it_is_said_to_in_its_file() {
+    let file = File::from(memfd(0x3000));
+    std::os::unix::fs::FileExt::write_all_at(&file, b"here", 0x1234).unwrap();
+    let spec = RegionSpec { guest: 0x5000, len: 0x100, user: USER, offset: 0x1234 };
+    let memory = Memory::new(vec![(spec, file.into())], None).unwrap();
+    assert_eq!(memory.buf(0x5000, 4).unwrap().to_vec(), b"here");
+    assert!(memory.buf(0x5000, 0x101).is_err(), "no more than the region, though the page goes on");
+}
+
+#[test]
+fn regions_do_not_overlap() {
+    let spec = |guest, user| RegionSpec { guest, len: 0x1000, user, offset: 0 };
+    let two =
+        |a, b| Memory::new(vec![(a, memfd(0x1000)), (b, memfd(0x1000))], None).map(|memory| memory.count());
+    assert_eq!(two(spec(0, USER), spec(0x1000, USER + 0x1000)), Ok(2));
+    for other in [spec(0, USER + MIB), spec(0xfff, USER + MIB), spec(MIB, USER), spec(MIB, USER + 0xfff)] {
+        assert!(matches!(two(spec(0, USER), other), Err(MapError::Overlap { .. })), "{other:?}");
+        assert!(matches!(two(other, spec(0, USER)), Err(MapError::Overlap { .. })), "{other:?}");
+    }
+}
+
+#[test]
+fn regions_come_and_go() {
+    let ram = Ram::new(&[(0, 0x1000), (0x1000, 0x1000)]);
+    let all = ram.memory();
+    let spec = ram.regions()[0].0;
+    // "The memory region to be removed is identified by its guest address, user address and size."
+    let one = all.without(RegionSpec { offset: 77, ..spec }).unwrap();
+    assert_eq!((one.count(), all.count()), (1, 2));
+    assert!(one.buf(0, 1).is_err() && one.buf(0x1000, 1).is_ok());
+    for other in [
+        RegionSpec { guest: 1, ..spec },
+        RegionSpec { len: 0xfff, ..spec },
+        RegionSpec { user: USER + 1, ..spec },
+    ] {
+        assert!(all.without(other).is_none());
+    }
+}
+
+/// How many mappings of files of this name the process has.
+fn mapped(name: &str) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains(name)).count()
+}
+
+#[test]
+fn a_region_is_unmapped_after_its_last_piece() {
+    let fd = rustix::fs::memfd_create("unmapped-last", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 0x2000).unwrap();
+    let spec = RegionSpec { guest: 0, len: 0x2000, user: USER, offset: 0 };
+    let memory = Memory::new(vec![(spec, fd)], None).unwrap();
+    let (buf, byte, words) = (memory.buf(0, 16).unwrap(), memory.byte(20), memory.words(USER, 8));
+    assert_eq!(mapped("unmapped-last"), 1);
+    drop(memory);
+    let part = buf.slice(3, 5);
+    drop(buf);
+    part.put(0, b"still");
+    drop(part);
+    drop(words);
+    assert_eq!(mapped("unmapped-last"), 1);
+    drop(byte);
+    assert_eq!(mapped("unmapped-last"), 0);
+}
+
+#[test]
+fn nobody_may_touch_what_lies_around_a_region() {
+    let fd = rustix::fs::memfd_create("with-guards", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 0x3000).unwrap();
+    let spec = RegionSpec { guest: 0, len: 0x1000, user: USER, offset: 0x1000 };
+    let memory = Memory::new(vec![(spec, fd)], None).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let lines: Vec<Vec<&str>> = maps.lines().map(|line| line.split([' ', '-']).collect()).collect();
+    let nth = maps.lines().position(|line| line.contains("with-guards")).unwrap();
+    let (before, region, behind) = (&lines[nth - 1], &lines[nth], &lines[nth + 1]);
+    assert_eq!((before[1], region[1]), (region[0], behind[0]), "side by side");
+    assert!(maps.lines().nth(nth - 1).unwrap().contains(" ---p "), "{before:?}");
+    assert!(maps.lines().nth(nth + 1).unwrap().contains(" ---p "), "{behind:?}");
+    drop(memory);
+}
+
+#[test]
+fn a_file_that_is_cut_short_does_no_harm() {
+    let ram = Ram::new(&[(0, 0x4000), (0x4000, 0x4000)]);
+    let memory = ram.memory();
+    ram.write(0, &[7; 0x4000]);
+    let (first, second) = (memory.buf(0, 0x1000).unwrap(), memory.buf(0x1000, 0x1000).unwrap());
+    let words = memory.words(USER + 0x2000, 64).unwrap();
+    ram.file(0).set_len(0x1000).unwrap();
+    assert!(memory.is_whole(), "nobody has looked yet");
+    assert_eq!(second.to_vec(), [0; 0x1000], "zeroes, and no SIGBUS");
+    assert!(!memory.is_whole() && words.is_broken() && fault::count() > 0);
+    assert_eq!(first.to_vec(), [7; 0x1000], "what is left of the file is there");
+    assert_eq!(memory.buf(0, 1).err(), Some(Outside::Gone { at: 0 }));
+    assert_eq!(memory.byte(0).err(), Some(Outside::Gone { at: 0 }));
+    assert_eq!(memory.words(USER, 8).err(), Some(Outside::Gone { at: USER }));
+    // Written as well as read.
+    words.put_u16(0, 1, std::sync::atomic::Ordering::Relaxed);
+    // Others are not touched.
+    assert!(memory.buf(0x4000, 0x4000).is_ok());
+    assert!(ram.memory_of(1).is_whole());
+}
+
+#[test]
+fn a_file_that_is_cut_short_while_it_is_read_is_noticed() {
+    let ram = Ram::new(&[(0, 0x2000)]);
+    let memory = ram.memory();
+    ram.file(0).set_len(0x1000).unwrap();
+    let mut bytes = [1; 0x800];
+    assert_eq!(memory.read(0xffc, &mut bytes), Err(Outside::Gone { at: 0xffc }));
+}
+
+/// Runs a test of this file in a process of its own, where it finds `TAPDISK_TEST_CHILD` set; how that ended.
+fn in_child(test: &str) -> std::process::ExitStatus {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", &format!("vhost::tests::memory::{test}"), "--test-threads=1"]);
+    child.env("TAPDISK_TEST_CHILD", "1").output().unwrap().status
+}
+
+fn is_child() -> bool {
+    std::env::var_os("TAPDISK_TEST_CHILD").is_some()
+}
+
+#[test]
+fn other_memory_that_is_gone_ends_the_process_as_ever() {
+    if is_child() {
+        // Not a guest's: a mapping without a watch.
+        let ram = Ram::new(&[(0, 0x1000)]);
+        let memory = ram.memory();
+        ram.file(0).set_len(0).unwrap();
+        assert_eq!(memory.read(0, &mut [0]), Err(Outside::Gone { at: 0 }), "the handler is in place");
+        let fd = memfd(0x1000);
+        let mapping = Mapping::new_unwatched(&fd, 0x1000);
+        File::from(fd).set_len(0).unwrap();
+        let byte = mapping.words(0, 8).unwrap().u8(0, std::sync::atomic::Ordering::Relaxed);
+        unreachable!("read {byte}");
+    }
+    let status = in_child("other_memory_that_is_gone_ends_the_process_as_ever");
+    assert_eq!(status.signal(), Some(7), "SIGBUS: {status}");
+}
