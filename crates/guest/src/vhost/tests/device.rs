@@ -77,11 +77,13 @@ struct Vmm {
 impl Vmm {
     fn new(handle: &Handle, features: u64) -> Vmm {
         let disk = ModelDisk::new(MIB);
-        let device = Device::new(handle, Rc::new(Handed(disk.clone())), settings());
+        let device = Device::new(handle, Rc::new(Handed(disk.clone())), settings(), Rc::default());
         let ram = Rc::new(Ram::new(&[(0, MIB)]));
         let driver = Driver::new(&ram, RING, 16, 0);
         let (kick, call, err) = (bell(), bell(), bell());
         let vmm = Vmm { handle: handle.clone(), disk, device, ram, ring: 0, driver, kick, call, err };
+        // As monitors do first of all; the guest is shown what they have read.
+        vmm.device.config(0, 60).unwrap();
         vmm.device.set_features(features).unwrap();
         vmm.device.set_memory(vmm.ram.regions()).unwrap();
         vmm
@@ -98,7 +100,8 @@ impl Vmm {
 
     /// A new process that serves the same disk to the same guest.
     fn successor(&mut self, features: u64) {
-        self.device = Device::new(&self.handle, Rc::new(Handed(self.disk.clone())), settings());
+        self.device =
+            Device::new(&self.handle, Rc::new(Handed(self.disk.clone())), settings(), Rc::default());
         self.device.set_features(features).unwrap();
     }
 
@@ -579,7 +582,7 @@ fn whoever_believes_in_no_cache_has_each_write_made_durable() {
             let mut vmm = Vmm::new(&handle, VERSION_1 | ERASE | features);
             vmm.start(0);
             if let Some(cache) = cache {
-                vmm.device.set_config(32, &[cache]).unwrap();
+                vmm.device.set_config(32, &[cache]).await.unwrap();
                 assert_eq!(vmm.device.config(32, 1).unwrap(), [cache]);
             }
             assert_eq!(durable(&mut vmm).await, [expected; 3], "{features:#x} {cache:?}");
@@ -593,16 +596,16 @@ fn turning_the_cache_off_makes_durable_what_was_written_before() {
     run(|handle| async move {
         let vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
         assert_eq!(vmm.device.config(32, 1).unwrap(), [1], "a cache at first");
-        vmm.device.set_config(32, &[1]).unwrap();
+        vmm.device.set_config(32, &[1]).await.unwrap();
         assert_eq!(vmm.disk.flushes.get(), 0);
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         assert_eq!(vmm.disk.flushes.get(), 1);
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         assert_eq!(vmm.disk.flushes.get(), 1);
         for (offset, bytes) in
             [(32, vec![2]), (0, vec![0; 8]), (31, vec![1]), (250, vec![0; 10]), (32, vec![0, 1])]
         {
-            let refused = vmm.device.set_config(offset, &bytes);
+            let refused = vmm.device.set_config(offset, &bytes).await;
             assert!(matches!(refused, Err(Violation::ConfigChange { .. })), "{offset} {bytes:?}");
         }
         assert_eq!(vmm.device.config(32, 1).unwrap(), [0]);
@@ -617,7 +620,7 @@ fn a_successor_knows_that_the_cache_is_off() {
         let mut vmm = Vmm::new(&handle, FEATURES);
         let (fd, len, offset) = vmm.device.make_inflight(1, 16).unwrap();
         vmm.device.set_inflight(fd.try_clone().unwrap(), len, offset, 1, 16).unwrap();
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         vmm.successor(FEATURES);
         vmm.device.set_inflight(fd, len, offset, 1, 16).unwrap();
         vmm.device.set_memory(vmm.ram.regions()).unwrap();
@@ -634,7 +637,7 @@ fn a_device_that_was_reset_has_forgotten_everything() {
         let mut vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
         let (fd, len, offset) = vmm.device.make_inflight(1, 16).unwrap();
         vmm.device.set_inflight(fd.try_clone().unwrap(), len, offset, 1, 16).unwrap();
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         vmm.start(0);
         vmm.disk.waits.set(true);
         vmm.offer(0, 0, 0, 512);
