@@ -271,6 +271,7 @@ fn a_ring_starts_whatever_comes_last() {
             vmm.device.add_memory(spec, fd).unwrap();
         }
         assert_eq!(vmm.used(1).await.len(), 1);
+        assert_eq!(rings(&vmm.err), 0, "that it waited is no error");
         vmm.device.stop().await;
     });
 }
