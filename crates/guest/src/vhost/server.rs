@@ -153,9 +153,14 @@ impl Shared {
             Job::Do(work) => {
                 // A panic is to end this connection in order, and nothing else: rings that are left behind would go on
                 // beside those of the next front end.
-                let mut work = work(device.clone());
+                let (mut work, mut doing) = (Some(work), None);
                 let done = poll_fn(|cx| {
-                    let poll = AssertUnwindSafe(|| work.as_mut().poll(cx));
+                    let poll = AssertUnwindSafe(|| {
+                        if let Some(work) = work.take() {
+                            doing = Some(work(device.clone()));
+                        }
+                        doing.as_mut().map_or(Poll::Ready(()), |doing| doing.as_mut().poll(cx))
+                    });
                     match catch_unwind(poll) {
                         Ok(poll) => poll.map(Ok),
                         Err(_told) => Poll::Ready(Err(End::Panicked)),

@@ -1,5 +1,6 @@
 //! A whole device, set up as a front end does it, on a real io_uring.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -615,6 +616,71 @@ fn turning_the_cache_off_makes_durable_what_was_written_before() {
 }
 
 #[test]
+fn what_is_out_when_the_cache_is_turned_off_is_durable_before_its_answer() {
+    run(|handle| async move {
+        let mut vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
+        vmm.start(0);
+        vmm.disk.waits.set(true);
+        let (write, read) = (vmm.offer(0, 1, 0, 512), vmm.offer(1, 0, 8, 512));
+        vmm.kick();
+        vmm.waiting(2).await;
+        let (device, over) = (vmm.device.clone(), Rc::new(Cell::new(false)));
+        let said = over.clone();
+        handle.spawn(async move {
+            device.set_config(32, &[0]).await.unwrap();
+            said.set(true);
+        });
+        vmm.waiting(3).await;
+        assert!(vmm.disk.step() && vmm.disk.step());
+        assert_eq!(vmm.used(1).await, [(read, 513)], "a read needs no sync");
+        vmm.waiting(2).await;
+        assert!(!over.get(), "what was answered before is not durable yet");
+        assert!(vmm.disk.step());
+        vmm.until(|_| over.get()).await;
+        assert_eq!((vmm.disk.flushes.get(), vmm.driver.take_used()), (1, vec![]));
+        assert!(vmm.disk.step());
+        assert_eq!(vmm.used(1).await, [(write, 1)]);
+        assert_eq!(vmm.disk.flushes.get(), 2, "one of its own, after it was written");
+        vmm.disk.waits.set(false);
+        vmm.device.stop().await;
+    });
+}
+
+#[test]
+fn a_cache_whose_content_cannot_be_made_durable_stays_on() {
+    run(|handle| async move {
+        let vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
+        vmm.disk.waits.set(true);
+        let (disk, later) = (vmm.disk.clone(), handle.clone());
+        handle.spawn(async move {
+            later.sleep(Duration::from_millis(1)).await;
+            disk.fail(Errno::EIO);
+        });
+        let refused = vmm.device.set_config(32, &[0]).await;
+        assert!(matches!(refused, Err(Violation::WriteCache(Errno::EIO))), "{refused:?}");
+        assert_eq!(vmm.device.config(32, 1).unwrap(), [1]);
+    });
+}
+
+#[test]
+fn a_front_end_that_has_not_asked_may_believe_that_there_is_no_cache() {
+    run(|handle| async move {
+        const FEATURES: u64 = VERSION_1 | FLUSH | 1 << 11 | 1 << 13 | 1 << 14;
+        // Of a predecessor that had no in-flight region the guest knows what we do not.
+        let mut vmm = Vmm::new(&handle, FEATURES);
+        vmm.successor(FEATURES);
+        vmm.device.set_memory(vmm.ram.regions()).unwrap();
+        vmm.start(0);
+        assert_eq!(durable(&mut vmm).await, [true; 3]);
+        vmm.device.config(0, 8).unwrap();
+        assert_eq!(durable(&mut vmm).await, [true; 3], "the capacity does not tell");
+        vmm.device.config(0, 60).unwrap();
+        assert_eq!(durable(&mut vmm).await, [false; 3]);
+        vmm.device.stop().await;
+    });
+}
+
+#[test]
 fn a_successor_knows_that_the_cache_is_off() {
     run(|handle| async move {
         const FEATURES: u64 = VERSION_1 | FLUSH | 1 << 11 | 1 << 13 | 1 << 14;
@@ -654,7 +720,11 @@ fn a_device_that_was_reset_has_forgotten_everything() {
         assert!(vmm.disk.waiting.borrow().is_empty(), "the kernel is done with the memory");
         assert_eq!(vmm.driver.take_used(), [], "and nobody hears of it");
         assert_eq!((vmm.status(0), vmm.status(1)), (0xee, 0xee));
-        assert_eq!(vmm.device.config(32, 1).unwrap(), [1]);
+        assert_eq!(
+            vmm.device.config(32, 1).unwrap(),
+            [0],
+            "monitors keep the guest's choice and do not say it again"
+        );
         // The driver begins anew, perhaps with the same region.
         vmm.disk.waits.set(false);
         vmm.driver = Driver::new(&vmm.ram, RING, 16, 0);
