@@ -33,6 +33,7 @@ enum Part {
     Fuzz,
     Clients,
     Lab,
+    LabQemu,
     Bench,
 }
 
@@ -50,6 +51,7 @@ impl Part {
             Part::Fuzz => "fuzz: regressions, then new inputs for a while",
             Part::Clients => "clients: libnbd, QEMU, fio, kill -9",
             Part::Lab => "lab: the disk of 2006 is full",
+            Part::LabQemu => "lab-qemu: Linux guests on our disks",
             Part::Bench => "bench: it runs, against all peers",
         }
     }
@@ -71,6 +73,7 @@ impl Part {
             Part::Fuzz => fuzz(),
             Part::Clients => clients::run(&clients::Arguments::of_tapdisk()),
             Part::Lab => lab::disk_full(&lab::DiskFull::of_tapdisk()),
+            Part::LabQemu => lab::qemu::run(&lab::qemu::Qemu::of_tapdisk()),
             Part::Bench => bench::with(&["--quick"]),
         }
     }
@@ -101,6 +104,8 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 /// All at once, so that a machine where nothing may be installed says so before an hour has gone.
 fn install() -> Result<()> {
     install::require(&[
+        Need::Apt,
+        Need::Dpkg,
         Need::Ext4,
         Need::Fio,
         Need::Loop,
@@ -115,6 +120,7 @@ fn install() -> Result<()> {
         Need::QemuIo,
         Need::QemuNbd,
         Need::QemuStorageDaemon,
+        Need::Setpriv,
     ])
 }
 

@@ -11,6 +11,8 @@ use std::process::Command;
 /// One thing that a part of our work can't do without.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Need {
+    Apt,
+    Dpkg,
     Ext4,
     Fio,
     Loop,
@@ -25,12 +27,15 @@ pub(crate) enum Need {
     QemuIo,
     QemuNbd,
     QemuStorageDaemon,
+    Setpriv,
 }
 
 impl Need {
     /// The program that proves it is there, and Debian's package.
     fn program(self) -> (&'static str, &'static str) {
         match self {
+            Need::Apt => ("apt-get", "apt"),
+            Need::Dpkg => ("dpkg", "dpkg"),
             Need::Ext4 => ("mkfs.ext4", "e2fsprogs"),
             Need::Fio => ("fio", "fio"),
             Need::Loop => ("losetup", "mount"),
@@ -46,6 +51,7 @@ impl Need {
             Need::QemuNbd => ("qemu-nbd", "qemu-utils"),
             // Since QEMU 8 or so it comes with qemu-utils; in Debian 12 it does not.
             Need::QemuStorageDaemon => ("qemu-storage-daemon", "qemu-system-common"),
+            Need::Setpriv => ("setpriv", "util-linux"),
         }
     }
 

@@ -4,7 +4,6 @@ mod bench;
 mod check;
 mod ci;
 mod clients;
-mod command;
 mod install;
 mod lab;
 mod model;
@@ -15,6 +14,7 @@ mod sweep;
 mod tidy;
 mod work;
 
+use ::lab::command;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 

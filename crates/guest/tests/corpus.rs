@@ -36,6 +36,11 @@ fn front_ends_messages_harm_nobody_with_all_that_was_collected() {
 }
 
 #[test]
+fn guests_rings_harm_nobody_with_all_that_was_collected() {
+    replay("vhost_rings", guest::fuzzing::rings);
+}
+
+#[test]
 fn transmission_keeps_its_rules_with_all_that_was_collected() {
     replay("nbd_transmission", guest::fuzzing::transmission);
 }

@@ -1,4 +1,4 @@
-//! Scenarios on real file systems: `cargo xtask lab disk-full`.
+//! Scenarios on real file systems and in real guests: `cargo xtask lab disk-full`, `cargo xtask lab qemu`.
 
 pub(crate) mod control;
 pub(crate) mod disk_full;
@@ -6,6 +6,7 @@ pub(crate) mod ground;
 pub(crate) mod hold;
 pub(crate) mod kernel;
 pub(crate) mod kernel_log;
+pub(crate) mod qemu;
 pub(crate) mod writer;
 
 use crate::install::{self, Need};
@@ -21,6 +22,8 @@ use std::path::PathBuf;
 pub(crate) enum Scenario {
     /// A 1 GiB image on a file system with 200 MB free: 2006, when the guest was told that all went well.
     DiskFull(DiskFull),
+    /// Linux in QEMU on disks served by vhost-user: 2006, `kill -9`, faults, trim, growth and more.
+    Qemu(qemu::Qemu),
 }
 
 #[derive(Args, Clone)]
@@ -52,6 +55,7 @@ impl DiskFull {
 pub(crate) fn run(scenario: &Scenario) -> Result<()> {
     match scenario {
         Scenario::DiskFull(arguments) => disk_full(arguments),
+        Scenario::Qemu(arguments) => qemu::run(arguments),
     }
 }
 

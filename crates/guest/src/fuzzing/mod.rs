@@ -5,10 +5,12 @@
 
 mod messages;
 mod negotiation;
+mod rings;
 mod transmission;
 
 pub use messages::messages;
 pub use negotiation::negotiation;
+pub use rings::rings;
 pub use transmission::transmission;
 
 /// Takes numbers off the front of bytes.

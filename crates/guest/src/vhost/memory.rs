@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use block::{Buf, Errno};
 use runtime::{Handle, RegisteredMemory};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::fault::{Refusal, Watched};
+use super::fault::{self, Refusal, Watched};
 
 /// Where a region lies, as the front end tells it ("Memory region description"). All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,9 +57,9 @@ pub(crate) struct Mapping {
     /// The first byte that was asked for.
     ptr: NonNull<u8>,
     len: usize,
-    /// What was mapped for that: whole pages.
-    base: NonNull<u8>,
-    mapped: usize,
+    /// What was reserved for that: the whole pages that hold it, and pages around them that nobody may touch.
+    reserved: NonNull<u8>,
+    reserved_len: usize,
     watched: Option<Watched>,
 }
 
@@ -93,17 +93,33 @@ impl Mapping {
         let from = offset & !(page - 1);
         let to = end.checked_next_multiple_of(page).ok_or_else(range)?;
         let mapped = usize::try_from(to - from).ok().filter(|len| *len <= isize::MAX as usize);
-        let mapped = mapped.ok_or_else(range)?;
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        let (mapped, page) = (mapped.ok_or_else(range)?, page as usize);
+        // A page before it, one behind it, and one to start at a multiple of a page that is not the machine's.
+        let reserved_len = mapped.checked_add(3 * page).ok_or_else(range)?;
+        let (none, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
         // SAFETY: a new mapping, wherever the kernel puts it.
-        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), mapped, access, flags, fd, from) };
-        let base = NonNull::new(base.map_err(failed)?.cast::<u8>()).ok_or(MapError::Map(Errno::ENOMEM))?;
-        let skip = (offset - from) as usize;
-        // SAFETY: `skip` is less than a page, and so within the mapping.
-        let ptr = unsafe { base.add(skip) };
+        let reserved = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), reserved_len, none, flags) };
+        let reserved = reserved.map_err(failed)?.cast::<u8>();
+        let skip = reserved.addr().next_multiple_of(page) - reserved.addr() + page;
+        // SAFETY: less than two pages, and so within what was reserved, as are `mapped` bytes from there on.
+        let (base, ptr) = unsafe { (reserved.add(skip), reserved.add(skip + (offset - from) as usize)) };
+        let (Some(reserved), Some(ptr)) = (NonNull::new(reserved), NonNull::new(ptr)) else {
+            return Err(MapError::Map(Errno::ENOMEM));
+        };
         // From here on dropping it unmaps.
-        let mut mapping = Mapping { ptr, len: len as usize, base, mapped, watched: None };
-        mapping.watched = Some(Watched::new(base.as_ptr().addr(), mapped, page as usize)?);
+        let mut mapping = Mapping { ptr, len: len as usize, reserved, reserved_len, watched: None };
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: in the place of pages that were just reserved and that nobody else knows of.
+        let mapped_at =
+            unsafe { rustix::mm::mmap(base.cast(), mapped, access, flags | MapFlags::FIXED, fd, from) };
+        mapped_at.map_err(failed)?;
+        // A guest's memory is its own affair: it does not go into a core dump of ours.
+        // SAFETY: advice about what was just mapped, which changes nothing of its contents.
+        let advised = unsafe { rustix::mm::madvise(base.cast(), mapped, Advice::LinuxDontDump) };
+        if let Err(errno) = advised {
+            tracing::debug!(%errno, "guest memory would be in a core dump");
+        }
+        mapping.watched = Some(Watched::new(base.addr(), mapped, page)?);
         Ok(Rc::new(mapping))
     }
 
@@ -115,15 +131,11 @@ impl Mapping {
         Rc::new(mapping.expect("nobody else has it yet"))
     }
 
-    /// Bytes.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
     /// Whether its file was cut short under somebody's hands.
     #[inline]
     pub(crate) fn is_broken(&self) -> bool {
-        self.watched.as_ref().is_some_and(Watched::is_broken)
+        // Almost always that is known without a look at the mapping.
+        fault::count() != 0 && self.watched.as_ref().is_some_and(Watched::is_broken)
     }
 
     /// `len` bytes of it from byte `at` on; `None` where that is not within it.
@@ -141,8 +153,8 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // First, so that nothing is put in the place of memory that is somebody else's by then.
         self.watched = None;
-        // SAFETY: mapped in `new`, and whoever uses it has a clone of the `Rc` that is being dropped.
-        if let Err(errno) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.mapped) } {
+        // SAFETY: reserved in `new`, and whoever uses it has a clone of the `Rc` that is being dropped.
+        if let Err(errno) = unsafe { rustix::mm::munmap(self.reserved.as_ptr().cast(), self.reserved_len) } {
             tracing::error!(%errno, "guest memory could not be unmapped (a bug in tapdisk)");
         }
     }
@@ -343,10 +355,12 @@ impl Memory {
         fd: BorrowedFd<'_>,
         registrar: Option<&Handle>,
     ) -> Result<Memory, MapError> {
-        let overlaps = |a: u64, b: u64, len: u64| a < b.saturating_add(len) && b < a.saturating_add(spec.len);
+        // Only for the guest: a front end may have mapped its memory more than once, or may show it twice.
         for region in &self.regions {
             let other = region.spec;
-            if overlaps(spec.guest, other.guest, other.len) || overlaps(spec.user, other.user, other.len) {
+            let is_apart = spec.guest >= other.guest.saturating_add(other.len)
+                || other.guest >= spec.guest.saturating_add(spec.len);
+            if !is_apart {
                 let (at, len, other, other_len) = (spec.guest, spec.len, other.guest, other.len);
                 return Err(MapError::Overlap { at, len, other, other_len });
             }
@@ -380,7 +394,7 @@ impl Memory {
     }
 
     /// The region of this address, and how far into it that is.
-    #[inline]
+    #[inline(always)]
     fn find(&self, at: u64) -> Option<(&Rc<Region>, usize)> {
         if let Some(region) = self.regions.get(self.last.get())
             && let Some(offset) = region.offset(at)
@@ -426,7 +440,7 @@ impl Memory {
     }
 
     /// Bytes of the guest's memory, in as many segments as there are regions.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn buf(&self, at: u64, len: usize) -> Result<Buf, Outside> {
         if let Some((region, offset)) = self.find(at)
             && len <= region.mapping.len - offset
@@ -467,8 +481,30 @@ impl Memory {
         if broken { Err(Outside::Gone { at }) } else { Ok(()) }
     }
 
+    /// 16 bytes of the guest's memory, as a number.
+    #[inline(always)]
+    pub(crate) fn u128(&self, at: u64) -> Result<u128, Outside> {
+        let mut bytes = [0; 16];
+        if let Some((region, offset)) = self.find(at)
+            && bytes.len() <= region.mapping.len - offset
+            && !region.mapping.is_broken()
+        {
+            // SAFETY: within the region, as was just checked; see `read`. Its end may be odd, so it is copied.
+            unsafe {
+                let from = region.ptr.add(offset).as_ptr();
+                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
+            }
+            if region.mapping.is_broken() {
+                return Err(Outside::Gone { at });
+            }
+        } else {
+            self.read(at, &mut bytes)?;
+        }
+        Ok(u128::from_le_bytes(bytes))
+    }
+
     /// A byte of the guest's memory.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn byte(&self, at: u64) -> Result<Byte, Outside> {
         let (region, offset) = self.find(at).ok_or(Outside::Hole { at, len: 1 })?;
         if region.mapping.is_broken() {
@@ -491,7 +527,7 @@ impl Memory {
 }
 
 /// Memory within a region.
-#[inline]
+#[inline(always)]
 fn part(region: &Rc<Region>, ptr: NonNull<u8>, len: usize, registered: Option<u16>) -> Buf {
     // SAFETY: the callers stay within the region. Its mapping lives as long as `keep`, is readable and writable (a page
     // of it that is gone is replaced, see `fault`), and nobody holds a reference into it.

@@ -31,5 +31,7 @@ mod tests;
 #[cfg(test)]
 mod tripwire;
 
+pub(crate) use device::Device; // for `crate::fuzzing`
 pub use device::Settings;
+pub(crate) use memory::RegionSpec;
 pub use server::Server;

@@ -49,8 +49,6 @@ pub(crate) struct Queue {
     chain: Chain,
     /// Answered and not published.
     batch: Vec<u16>,
-    /// Requests that the disk has.
-    out: usize,
 }
 
 impl Queue {
@@ -73,7 +71,7 @@ impl Queue {
             }
         }
         let (chain, batch) = (Chain::default(), Vec::new());
-        Ok(Queue { ring, marks, heads, resubmit, chain, batch, out: 0 })
+        Ok(Queue { ring, marks, heads, resubmit, chain, batch })
     }
 
     /// The front end has changed its memory.
@@ -82,6 +80,7 @@ impl Queue {
     }
 
     /// Takes the next request, if there is one.
+    #[inline]
     pub(crate) fn take(&mut self, memory: &Memory, terms: &Terms) -> Result<Taken, RingError> {
         let head = match self.resubmit.pop_front() {
             Some(head) => head,
@@ -96,16 +95,15 @@ impl Queue {
             return Err(RingError::Gone);
         }
         let state = &mut self.heads[usize::from(head)];
-        *state = Head { is_out: true, status: Some(judged.status), ..Head::default() };
+        (state.status, state.written) = (Some(judged.status), 0);
+        (state.is_left, state.errno) = (false, None);
         match judged.verdict {
             Verdict::Serve(op, written) => {
                 (state.kind, state.written, state.parts) = (Some(op.kind()), written, 1);
-                self.out += 1;
                 Ok(Taken::Request(head, op))
             }
             Verdict::ServeAll(ops) => {
                 (state.kind, state.parts) = (ops.first().map(Op::kind), ops.len() as u16);
-                self.out += 1;
                 Ok(Taken::Parts(head, ops))
             }
             Verdict::Answer(status, written) => {
@@ -156,7 +154,6 @@ impl Queue {
         if state.parts > 0 {
             return;
         }
-        self.out -= 1;
         if state.is_left {
             // It stays marked as out, here and in the record.
             return;
@@ -214,11 +211,6 @@ impl Queue {
     #[inline]
     pub(crate) fn is_settled(&self) -> bool {
         self.batch.is_empty()
-    }
-
-    /// Requests that the disk has.
-    pub(crate) fn out(&self) -> usize {
-        self.out
     }
 
     /// The index in the available ring of what is taken next: the base that the front end asks for.

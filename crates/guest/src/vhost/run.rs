@@ -252,12 +252,6 @@ impl Run {
         self.kicked.take();
         self.queue.borrow().base()
     }
-
-    /// Requests that the disk has.
-    #[cfg(test)]
-    pub(crate) fn out(&self) -> usize {
-        self.queue.borrow().out()
-    }
 }
 
 impl Answer for Run {

@@ -8,6 +8,13 @@ const MAX: Duration = Duration::from_micros(50);
 /// The shortest that is worth beginning with.
 const MIN: Duration = Duration::from_micros(4);
 
+/// The longest look while requests are under way side by side, or after so long a time of work that there were many:
+/// they share the cost of a sleep, and what they wait for is not its end.
+const CROWDED_MAX: Duration = Duration::from_nanos(CROWDED_NS);
+const CROWDED_NS: u64 = 2_000;
+/// Work for longer than this was more than one request.
+const CROWDED_WORK: Duration = Duration::from_micros(8);
+
 /// A length of time that grows while looking longer would have saved sleeps, and shrinks while it does not.
 #[derive(Debug, Default)]
 pub(crate) struct Spin {
@@ -21,9 +28,10 @@ impl Spin {
         Spin { now: Duration::ZERO, max: max.min(MAX) }
     }
 
-    /// How long to look now; zero for not at all.
-    pub(crate) fn length(&self) -> Duration {
-        self.now
+    /// How long to look now; zero for not at all. The thread has worked for so long since it last had nothing to do,
+    /// and so many operations of storage are in flight.
+    pub(crate) fn length(&self, worked: Duration, in_flight: usize) -> Duration {
+        if in_flight > 1 || worked > CROWDED_WORK { self.now.min(CROWDED_MAX) } else { self.now }
     }
 
     /// Learns from a sleep: how long there was nothing, the look before it included.
@@ -44,15 +52,18 @@ mod tests {
     #[test]
     fn short_waits_are_looked_through_and_long_ones_slept_through() {
         let mut spin = Spin::up_to(Duration::from_micros(40));
-        assert_eq!(spin.length(), Duration::ZERO, "idle at first");
+        let length = |spin: &Spin| spin.length(Duration::from_micros(1), 1);
+        assert_eq!(length(&spin), Duration::ZERO, "idle at first");
         for _ in 0..10 {
             spin.slept(Duration::from_micros(30));
         }
-        assert!(spin.length() >= Duration::from_micros(30));
+        assert!(length(&spin) >= Duration::from_micros(30));
+        assert!(spin.length(Duration::from_micros(1), 2) <= CROWDED_MAX, "others are in flight");
+        assert!(spin.length(Duration::from_micros(50), 0) <= CROWDED_MAX, "there were many");
         for _ in 0..10 {
             spin.slept(Duration::from_millis(1));
         }
-        assert_eq!(spin.length(), Duration::ZERO);
+        assert_eq!(length(&spin), Duration::ZERO);
         assert_eq!(Spin::up_to(Duration::from_secs(1)).max, MAX);
     }
 }

@@ -100,6 +100,11 @@ pub struct Uring {
     bell: Arc<Bell>,
     helper: Option<Helper>,
     spin: Spin,
+    /// Since when there has been something to do.
+    busy_since: std::time::Instant,
+    /// Which tokens are operations of storage in flight, and how many.
+    storing: Vec<bool>,
+    stores: usize,
     memory: Memory,
     start: std::time::Instant,
 }
@@ -190,6 +195,9 @@ impl Uring {
             bell: Arc::new(Bell { eventfd, results: Mutex::default() }),
             helper: None,
             spin: Spin::up_to(Duration::MAX),
+            busy_since: std::time::Instant::now(),
+            storing: Vec::new(),
+            stores: 0,
             memory,
             start: std::time::Instant::now(),
         };
@@ -264,7 +272,7 @@ impl Uring {
             return self.enter(0, None);
         }
         let begun = std::time::Instant::now();
-        let mut look = self.spin.length();
+        let mut look = self.spin.length(begun.duration_since(self.busy_since), self.stores);
         if let Some(deadline) = deadline {
             look = look.min(deadline.since(self.now()));
         }
@@ -273,6 +281,7 @@ impl Uring {
             loop {
                 for _ in 0..8 {
                     if self.has_news() || idle.has_news() {
+                        self.busy_since = std::time::Instant::now();
                         return self.enter(0, None);
                     }
                     std::hint::spin_loop();
@@ -286,7 +295,8 @@ impl Uring {
             return self.enter(0, None);
         }
         self.enter(1, deadline);
-        self.spin.slept(begun.elapsed());
+        self.busy_since = std::time::Instant::now();
+        self.spin.slept(self.busy_since.duration_since(begun));
     }
 
     /// Whether there are completions, or work that the kernel needs a call of ours to do.
@@ -301,7 +311,11 @@ impl Uring {
             match entry.user_data() {
                 UNPARKED => unparked = true,
                 CANCELLED => {}
-                token => done.push((token as usize, result_of(&entry))),
+                token => {
+                    let token = token as usize;
+                    self.stores -= usize::from(std::mem::take(&mut self.storing[token]));
+                    done.push((token, result_of(&entry)));
+                }
             }
         }
         if unparked {
@@ -515,6 +529,13 @@ impl Engine for Uring {
             // The caller keeps `io`, and with it the open file, until the completion.
             helper.ask(Job { token, fd: fd.as_fd().as_raw_fd(), at: *at, what: *what });
             return;
+        }
+        if self.storing.len() <= token {
+            self.storing.resize(token + 1, false);
+        }
+        if !io.waits_for_a_peer() {
+            self.storing[token] = true;
+            self.stores += 1;
         }
         let entry = self.entry(io, token);
         self.push(entry);

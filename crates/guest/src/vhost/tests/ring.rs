@@ -46,7 +46,7 @@ fn answers_come_in_any_order_and_are_shown_together() {
     assert!(desk.driver.take_used().is_empty());
     assert!(desk.queue.publish());
     assert_eq!(desk.driver.take_used(), [(heads[3], 513), (heads[0], 513), (heads[4], 513)]);
-    assert_eq!(desk.queue.out(), 2);
+    assert_eq!(desk.driver.out(), 2);
 }
 
 #[test]

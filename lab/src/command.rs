@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Said once, by the handler of Ctrl-C.
-pub(crate) fn interrupt() {
+pub fn interrupt() {
     INTERRUPTED.store(true, Ordering::SeqCst);
 }
 
@@ -26,44 +26,44 @@ fn stay_if_interrupted() {
 }
 
 /// The root of the workspace.
-pub(crate) fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("lab lies in the workspace").to_owned()
 }
 
 /// Cargo's target folder: where this very program was built.
-pub(crate) fn target() -> Result<PathBuf> {
+pub fn target() -> Result<PathBuf> {
     let program = std::env::current_exe().context("find the target folder")?;
-    Ok(program.ancestors().nth(2).context("xtask was not built by cargo")?.to_owned())
+    Ok(program.ancestors().nth(2).context("this program was not built by cargo")?.to_owned())
 }
 
 /// A command in the root of the workspace.
-pub(crate) fn command<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Command {
+pub fn command<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(program);
     command.args(arguments).current_dir(root());
     command
 }
 
 /// Cargo as it was called.
-pub(crate) fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
+pub fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     command(&cargo, arguments)
 }
 
 /// How a command is shown to the reader.
-pub(crate) fn words(command: &Command) -> String {
+pub fn words(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
     words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
 /// Starts a program, unless we are about to end.
-pub(crate) fn start(command: &mut Command) -> Result<Child> {
+pub fn start(command: &mut Command) -> Result<Child> {
     stay_if_interrupted();
     command.spawn().with_context(|| format!("run {}", words(command)))
 }
 
 /// Runs it with our own terminal; its words appear as they come.
-pub(crate) fn run(command: &mut Command) -> Result<()> {
+pub fn run(command: &mut Command) -> Result<()> {
     println!("     $ {}", words(command));
     let status = start(command)?.wait()?;
     stay_if_interrupted();
@@ -72,7 +72,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 }
 
 /// Runs it, shows what it prints as it comes, and also returns that.
-pub(crate) fn run_and_hear(command: &mut Command) -> Result<String> {
+pub fn run_and_hear(command: &mut Command) -> Result<String> {
     println!("     $ {}", words(command));
     let mut child = start(command.stdout(Stdio::piped()))?;
     let mut heard = String::new();
@@ -89,7 +89,7 @@ pub(crate) fn run_and_hear(command: &mut Command) -> Result<String> {
 }
 
 /// Runs tests, shows what they say, and fails if there was none: a filter that matches nothing is no success.
-pub(crate) fn test(command: &mut Command) -> Result<()> {
+pub fn test(command: &mut Command) -> Result<()> {
     let heard = run_and_hear(command)?;
     let count: u64 = heard.lines().filter_map(tests_passed).sum();
     ensure!(count > 0, "`{}` ran no test", words(command));
@@ -103,22 +103,25 @@ fn tests_passed(line: &str) -> Option<u64> {
 }
 
 /// How a quiet command ended and what it said.
-pub(crate) struct Ended {
-    pub(crate) status: ExitStatus,
-    pub(crate) stdout: String,
-    pub(crate) stderr: String,
+pub struct Ended {
+    /// How.
+    pub status: ExitStatus,
+    /// What it said.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
 }
 
 impl Ended {
     /// Both streams, for the eye.
-    pub(crate) fn said(&self) -> String {
+    pub fn said(&self) -> String {
         format!("{}{}", self.stdout, self.stderr)
     }
 }
 
 /// Runs it quietly for at most `limit`, then kills it. A process that the kernel does not let go of is left
 /// behind: waiting for it would be waiting for the very fault that is being tested.
-pub(crate) fn within(limit: Duration, command: &mut Command) -> Result<Ended> {
+pub fn within(limit: Duration, command: &mut Command) -> Result<Ended> {
     let mut child = start(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
     let stdout = gather(child.stdout.take().expect("it was piped"));
     let stderr = gather(child.stderr.take().expect("it was piped"));
@@ -147,7 +150,7 @@ fn gather(mut stream: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
 }
 
 /// Waits for a child, at most so long.
-pub(crate) fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+pub fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
     let start = Instant::now();
     let mut pause = Duration::from_millis(1);
     loop {
@@ -163,19 +166,19 @@ pub(crate) fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStat
 }
 
 /// What a quiet command printed; it must end well within two minutes.
-pub(crate) fn output(command: &mut Command) -> Result<String> {
+pub fn output(command: &mut Command) -> Result<String> {
     output_within(Duration::from_secs(120), command)
 }
 
 /// What a quiet command printed; it must end well within `limit`.
-pub(crate) fn output_within(limit: Duration, command: &mut Command) -> Result<String> {
+pub fn output_within(limit: Duration, command: &mut Command) -> Result<String> {
     let ended = within(limit, command)?;
     ensure!(ended.status.success(), "`{}` failed: {}: {}", words(command), ended.status, ended.said().trim());
     Ok(ended.stdout)
 }
 
 /// Waits until something becomes true.
-pub(crate) fn until(limit: Duration, what: &str, mut is_true: impl FnMut() -> Result<bool>) -> Result<()> {
+pub fn until(limit: Duration, what: &str, mut is_true: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !is_true()? {
         stay_if_interrupted();
@@ -186,7 +189,7 @@ pub(crate) fn until(limit: Duration, what: &str, mut is_true: impl FnMut() -> Re
 }
 
 /// Waits until something has been false for `quiet`.
-pub(crate) fn wait_while(
+pub fn wait_while(
     limit: Duration,
     quiet: Duration,
     what: &str,

@@ -1,0 +1,177 @@
+//! tapdisk is killed and started again while the guest writes, syncs and verifies: the guest must not notice.
+
+use crate::command::until;
+use crate::lab::qemu::boot::{Boot, Settings};
+use crate::lab::qemu::disks::{MIB, digest, digest_in_guest, write_noise};
+use crate::lab::qemu::guest_log;
+use crate::lab::qemu::server::{Kind, Plan, Server};
+use crate::lab::qemu::stage::Stage;
+use crate::lab::qemu::{Linux, Scenario};
+use crate::model::Numbers;
+use crate::nbd_client::{Ask, Client};
+use anyhow::{Context, Result, bail, ensure};
+use lab::agent::Answer;
+use lab::machine::Job;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+const KILLS: u32 = 10;
+const RESTARTS: u32 = 3;
+/// What the verifier writes to.
+const LEN_MIB: u64 = 64;
+const THREADS: u32 = 8;
+/// Writes that show that the guest goes on.
+const PROGRESS: u64 = 40;
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "death: the verifier notices what is lost", run: noticed, peer: true },
+    Scenario { name: "death: kill -9, ten times, and the guest does not notice", run: killed, peer: false },
+    Scenario { name: "death: orderly restarts, and the guest does not notice", run: restarted, peer: false },
+    Scenario { name: "death: an NBD client reads what the guest reads", run: by_nbd, peer: false },
+];
+
+pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
+    let nbd = format!("unix:{}", nbd_socket(stage).display());
+    let mut plan =
+        Plan { queues: 2, ..Plan::new("mortal", stage.work.sparse("mortal.raw", 2 * LEN_MIB * MIB)?) };
+    if stage.arguments.server == Kind::Tapdisk {
+        // Some requests take longer than others, so that they are not answered in their order.
+        let slow = ["--fault", "write:delay=30:every=7", "--fault", "read:delay=20:every=5"];
+        plan = plan.with(&slow).with(&["--nbd", &nbd]);
+    }
+    Boot::new(stage, "death", Settings { linux, cpus: 2, words: "" }, Vec::new(), vec![plan])
+}
+
+fn nbd_socket(stage: &Stage) -> PathBuf {
+    stage.sockets().join("nbd")
+}
+
+/// Starts the verifier, which goes on until it is told to stop.
+fn start_verifier(boot: &mut Boot<'_>) -> Result<Job> {
+    let seed = boot.stage.arguments.seed;
+    let script = format!("guest verify /dev/vda . {} {THREADS} {seed}", LEN_MIB * MIB);
+    boot.machine()?.background("verify", &script)
+}
+
+/// Lets it come to its end.
+fn stop_verifier(boot: &mut Boot<'_>, job: &Job) -> Result<Answer> {
+    boot.sh(&format!("touch {}/stop", job.folder()))?;
+    job.wait(boot.machine()?)
+}
+
+/// Something happens to the server while the guest verifies, so many times.
+fn under_load(
+    boot: &mut Boot<'_>,
+    strike: impl Fn(&mut Server, &mut Numbers) -> Result<()>,
+    times: u32,
+) -> Result<()> {
+    let seed = boot.stage.arguments.seed;
+    println!("     --seed {seed}");
+    let mut dice = Numbers::new(seed);
+    let job = start_verifier(boot)?;
+    for _ in 0..times {
+        wait_for_progress(boot, &job)?;
+        thread::sleep(Duration::from_millis(dice.below(400)));
+        strike(boot.server("mortal")?, &mut dice)?;
+    }
+    wait_for_progress(boot, &job)?;
+    let end = stop_verifier(boot, &job)?;
+    let verdict = end.said.lines().last().unwrap_or_default();
+    println!("     {verdict}");
+    let is_well = end.status == 0 && verdict.starts_with("verified");
+    ensure!(is_well, "the verifier: status {}\n{}", end.status, tail(&end.said));
+    guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+}
+
+/// The test of the test: blocks that are overwritten behind the guest's back are missed.
+fn noticed(boot: &mut Boot<'_>) -> Result<()> {
+    let image = boot.server("mortal")?.plan().image.clone();
+    let job = start_verifier(boot)?;
+    wait_for_progress(boot, &job)?;
+    let mut image = File::options().write(true).open(&image)?;
+    // What one of its threads writes to.
+    let lost = usize::try_from(LEN_MIB * MIB)? / usize::try_from(THREADS)?;
+    image.write_all(&vec![0; lost])?;
+    image.sync_all()?;
+    let end = stop_verifier(boot, &job)?;
+    println!("     {}", end.said.lines().last().unwrap_or_default());
+    ensure!(
+        end.status != 0 && end.said.contains("and is zeroes"),
+        "it noticed nothing:\n{}",
+        tail(&end.said)
+    );
+    guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+}
+
+fn killed(boot: &mut Boot<'_>) -> Result<()> {
+    let strike = |server: &mut Server, dice: &mut Numbers| {
+        server.must_live()?;
+        server.kill()?;
+        thread::sleep(Duration::from_millis(dice.below(300)));
+        server.start_again()
+    };
+    under_load(boot, strike, KILLS)
+}
+
+fn restarted(boot: &mut Boot<'_>) -> Result<()> {
+    let strike = |server: &mut Server, _: &mut Numbers| {
+        server.stop()?;
+        server.start_again()
+    };
+    under_load(boot, strike, RESTARTS)
+}
+
+/// Waits until the guest has written more than now.
+fn wait_for_progress(boot: &mut Boot<'_>, job: &Job) -> Result<()> {
+    let mut first = None;
+    until(Duration::from_secs(180), "the guest writes", || {
+        let machine = boot.machine()?;
+        if let Some(end) = job.ended(machine)? {
+            bail!("the verifier has ended: status {}\n{}", end.status, tail(&end.said));
+        }
+        let Some(writes) = writes(&job.last_line(machine)?) else { return Ok(false) };
+        Ok(writes >= *first.get_or_insert(writes) + PROGRESS)
+    })
+}
+
+/// `writes 12 reads 4 syncs 1`; a line that is being written may be cut short.
+fn writes(line: &str) -> Option<u64> {
+    let (writes, rest) = line.strip_prefix("writes ")?.split_once(' ')?;
+    rest.starts_with("reads").then(|| writes.parse().ok())?
+}
+
+fn tail(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().collect();
+    lines[lines.len().saturating_sub(5)..].join("\n")
+}
+
+/// Both interfaces show one disk, also what each of them has just written.
+fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
+    write_noise(boot, "vda", (LEN_MIB - 1) * MIB, MIB)?;
+    let mut client = Client::connect(&nbd_socket(boot.stage))?;
+    client.set_patience(Duration::from_secs(60))?;
+    let copy = boot.stage.work.fresh("copy.raw")?;
+    let mut file = File::create(&copy)?;
+    let len = u32::try_from(MIB)?;
+    for at in (0..LEN_MIB).map(|number| number * MIB) {
+        let read = client.ask(Ask::Read { at, len })?;
+        file.write_all(&read.ok().with_context(|| format!("NBD cannot read at {at}"))?)?;
+    }
+    drop(file);
+    let (theirs, ours) = (digest_in_guest(boot, "vda", 0, LEN_MIB * MIB)?, digest(&copy)?);
+    ensure!(theirs == ours, "the guest reads {theirs}, an NBD client {ours}");
+    println!("     both read {ours}");
+
+    let mut noise = vec![0; 1 << 20];
+    let mut numbers = Numbers::new(boot.stage.arguments.seed);
+    noise.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&numbers.next().to_le_bytes()));
+    let written = client.ask(Ask::Write { at: LEN_MIB * MIB, bytes: &noise, fua: false })?;
+    ensure!(written.is_ok(), "NBD cannot write: {written:?}");
+    std::fs::write(&copy, &noise)?;
+    let (theirs, ours) = (digest_in_guest(boot, "vda", LEN_MIB * MIB, MIB)?, digest(&copy)?);
+    ensure!(theirs == ours, "an NBD client wrote {ours}, the guest reads {theirs}");
+    guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+}
