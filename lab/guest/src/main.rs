@@ -5,6 +5,7 @@
 
 mod agent;
 mod block;
+mod direct;
 mod init;
 mod verify;
 mod worker;
@@ -25,11 +26,14 @@ fn main() -> ExitCode {
 
 fn run(words: &[String]) -> Result<ExitCode> {
     match words {
+        [command, rest @ ..] if command == "read" => direct::read(rest),
+        [command, rest @ ..] if command == "sectors" => direct::sectors(rest),
         [command, rest @ ..] if command == "verify" => verify::run(rest),
+        [command, rest @ ..] if command == "write" => direct::write(rest),
         // The kernel hands down words of its command line that it does not know.
         _ if std::process::id() == 1 => {
             init::run(words.iter().any(|word| word == init::SECOND)).map(|never| match never {})
         }
-        _ => bail!("expected `guest verify`, or to be the first process"),
+        _ => bail!("expected `guest read`, `sectors`, `verify` or `write`, or to be the first process"),
     }
 }

@@ -1,6 +1,7 @@
 //! A booted machine and the servers of its disks.
 
 use crate::lab::ground::Ground;
+use crate::lab::qemu::Linux;
 use crate::lab::qemu::server::{Place, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::sweep;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 /// How a machine is booted.
 #[derive(Clone)]
 pub(crate) struct Settings {
+    pub(crate) linux: Linux,
     pub(crate) cpus: u16,
     /// For the kernel's command line.
     pub(crate) words: &'static str,
@@ -39,7 +41,7 @@ impl<'a> Boot<'a> {
         grounds: Vec<Ground>,
         disks: Vec<Plan>,
     ) -> Result<Boot<'a>> {
-        let logs = stage.logs(name)?;
+        let logs = stage.logs(&format!("{name}-{}", settings.linux))?;
         let place = Place {
             kind: stage.arguments.server,
             program: stage.arguments.program.clone(),
@@ -58,12 +60,14 @@ impl<'a> Boot<'a> {
     /// Starts the machine. What its kernel said at the start is of no interest to scenarios.
     pub(crate) fn start(&mut self) -> Result<()> {
         ensure!(self.machine.is_none(), "the machine runs");
+        self.servers.iter_mut().try_for_each(Server::must_live)?;
         self.starts += 1;
+        let bootable = self.stage.bootable(self.settings.linux)?;
         let disk = |server: &Server| machine::Disk { socket: server.socket(), queues: server.plan().queues };
         let plan = machine::Plan {
             tools: &self.stage.tools,
-            kernel: &self.stage.kernel,
-            initramfs: &self.stage.initramfs,
+            kernel: &bootable.kernel,
+            initramfs: &bootable.initramfs,
             cpus: self.settings.cpus,
             memory_mib: 512,
             words: self.settings.words,

@@ -1,15 +1,16 @@
 //! tapdisk is killed and started again while the guest writes, syncs and verifies: the guest must not notice.
 
 use crate::command::until;
-use crate::lab::qemu::Scenario;
 use crate::lab::qemu::boot::{Boot, Settings};
-use crate::lab::qemu::disks::{MIB, digest, digest_in_guest};
+use crate::lab::qemu::disks::{MIB, digest, digest_in_guest, write_noise};
 use crate::lab::qemu::guest_log;
-use crate::lab::qemu::server::{Kind, Plan};
+use crate::lab::qemu::server::{Kind, Plan, Server};
 use crate::lab::qemu::stage::Stage;
+use crate::lab::qemu::{Linux, Scenario};
 use crate::model::Numbers;
 use crate::nbd_client::{Ask, Client};
 use anyhow::{Context, Result, bail, ensure};
+use lab::agent::Answer;
 use lab::machine::Job;
 use std::fs::File;
 use std::io::Write;
@@ -18,6 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 const KILLS: u32 = 10;
+const RESTARTS: u32 = 3;
 /// What the verifier writes to.
 const LEN_MIB: u64 = 64;
 const THREADS: u32 = 8;
@@ -25,12 +27,13 @@ const THREADS: u32 = 8;
 const PROGRESS: u64 = 40;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "death: the verifier notices what is lost", run: noticed, peer: true },
     Scenario { name: "death: kill -9, ten times, and the guest does not notice", run: killed, peer: false },
     Scenario { name: "death: orderly restarts, and the guest does not notice", run: restarted, peer: false },
     Scenario { name: "death: an NBD client reads what the guest reads", run: by_nbd, peer: false },
 ];
 
-pub(crate) fn boot<'a>(stage: &'a Stage, name: &str) -> Result<Boot<'a>> {
+pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
     let nbd = format!("unix:{}", nbd_socket(stage).display());
     let mut plan =
         Plan { queues: 2, ..Plan::new("mortal", stage.work.sparse("mortal.raw", 2 * LEN_MIB * MIB)?) };
@@ -39,46 +42,72 @@ pub(crate) fn boot<'a>(stage: &'a Stage, name: &str) -> Result<Boot<'a>> {
         let slow = ["--fault", "write:delay=30:every=7", "--fault", "read:delay=20:every=5"];
         plan = plan.with(&slow).with(&["--nbd", &nbd]);
     }
-    Boot::new(stage, name, Settings { cpus: 2, words: "" }, Vec::new(), vec![plan])
+    Boot::new(stage, "death", Settings { linux, cpus: 2, words: "" }, Vec::new(), vec![plan])
 }
 
 fn nbd_socket(stage: &Stage) -> PathBuf {
     stage.sockets().join("nbd")
 }
 
-/// Something happens to the server while the guest verifies.
+/// Starts the verifier, which goes on until it is told to stop.
+fn start_verifier(boot: &mut Boot<'_>) -> Result<Job> {
+    let seed = boot.stage.arguments.seed;
+    let script = format!("guest verify /dev/vda . {} {THREADS} {seed}", LEN_MIB * MIB);
+    boot.machine()?.background("verify", &script)
+}
+
+/// Lets it come to its end.
+fn stop_verifier(boot: &mut Boot<'_>, job: &Job) -> Result<Answer> {
+    boot.sh(&format!("touch {}/stop", job.folder()))?;
+    job.wait(boot.machine()?)
+}
+
+/// Something happens to the server while the guest verifies, so many times.
 fn under_load(
     boot: &mut Boot<'_>,
-    strike: impl Fn(&mut Boot<'_>, &mut Numbers) -> Result<()>,
+    strike: impl Fn(&mut Server, &mut Numbers) -> Result<()>,
     times: u32,
 ) -> Result<()> {
     let seed = boot.stage.arguments.seed;
     println!("     --seed {seed}");
     let mut dice = Numbers::new(seed);
-    let script = format!("guest verify /dev/vda . {} {THREADS} {seed}", LEN_MIB * MIB);
-    let job = boot.machine()?.background("verify", &script)?;
+    let job = start_verifier(boot)?;
     for _ in 0..times {
         wait_for_progress(boot, &job)?;
         thread::sleep(Duration::from_millis(dice.below(400)));
-        strike(boot, &mut dice)?;
+        strike(boot.server("mortal")?, &mut dice)?;
     }
     wait_for_progress(boot, &job)?;
-    boot.sh(&format!("touch {}/stop", job.folder()))?;
-    let end = job.wait(boot.machine()?)?;
+    let end = stop_verifier(boot, &job)?;
     let verdict = end.said.lines().last().unwrap_or_default();
     println!("     {verdict}");
+    let is_well = end.status == 0 && verdict.starts_with("verified");
+    ensure!(is_well, "the verifier: status {}\n{}", end.status, tail(&end.said));
+    guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+}
+
+/// The test of the test: blocks that are overwritten behind the guest's back are missed.
+fn noticed(boot: &mut Boot<'_>) -> Result<()> {
+    let image = boot.server("mortal")?.plan().image.clone();
+    let job = start_verifier(boot)?;
+    wait_for_progress(boot, &job)?;
+    let mut image = File::options().write(true).open(&image)?;
+    // What one of its threads writes to.
+    let lost = usize::try_from(LEN_MIB * MIB)? / usize::try_from(THREADS)?;
+    image.write_all(&vec![0; lost])?;
+    image.sync_all()?;
+    let end = stop_verifier(boot, &job)?;
+    println!("     {}", end.said.lines().last().unwrap_or_default());
     ensure!(
-        end.status == 0 && verdict.starts_with("verified"),
-        "the verifier: status {}\n{}",
-        end.status,
+        end.status != 0 && end.said.contains("and is zeroes"),
+        "it noticed nothing:\n{}",
         tail(&end.said)
     );
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }
 
 fn killed(boot: &mut Boot<'_>) -> Result<()> {
-    let strike = |boot: &mut Boot<'_>, dice: &mut Numbers| {
-        let server = boot.server("mortal")?;
+    let strike = |server: &mut Server, dice: &mut Numbers| {
         server.must_live()?;
         server.kill()?;
         thread::sleep(Duration::from_millis(dice.below(300)));
@@ -88,12 +117,11 @@ fn killed(boot: &mut Boot<'_>) -> Result<()> {
 }
 
 fn restarted(boot: &mut Boot<'_>) -> Result<()> {
-    let strike = |boot: &mut Boot<'_>, _: &mut Numbers| {
-        let server = boot.server("mortal")?;
+    let strike = |server: &mut Server, _: &mut Numbers| {
         server.stop()?;
         server.start_again()
     };
-    under_load(boot, strike, 3)
+    under_load(boot, strike, RESTARTS)
 }
 
 /// Waits until the guest has written more than now.
@@ -122,10 +150,7 @@ fn tail(said: &str) -> String {
 
 /// Both interfaces show one disk, also what each of them has just written.
 fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
-    boot.sh(&format!(
-        "dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek={} oflag=direct 2> /run/dd",
-        LEN_MIB - 1
-    ))?;
+    write_noise(boot, "vda", (LEN_MIB - 1) * MIB, MIB)?;
     let mut client = Client::connect(&nbd_socket(boot.stage))?;
     client.set_patience(Duration::from_secs(60))?;
     let copy = boot.stage.work.fresh("copy.raw")?;
@@ -136,7 +161,7 @@ fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
         file.write_all(&read.ok().with_context(|| format!("NBD cannot read at {at}"))?)?;
     }
     drop(file);
-    let (theirs, ours) = (digest_in_guest(boot, "vda", 0, LEN_MIB)?, digest(&copy)?);
+    let (theirs, ours) = (digest_in_guest(boot, "vda", 0, LEN_MIB * MIB)?, digest(&copy)?);
     ensure!(theirs == ours, "the guest reads {theirs}, an NBD client {ours}");
     println!("     both read {ours}");
 
@@ -146,7 +171,7 @@ fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
     let written = client.ask(Ask::Write { at: LEN_MIB * MIB, bytes: &noise, fua: false })?;
     ensure!(written.is_ok(), "NBD cannot write: {written:?}");
     std::fs::write(&copy, &noise)?;
-    let (theirs, ours) = (digest_in_guest(boot, "vda", LEN_MIB, 1)?, digest(&copy)?);
+    let (theirs, ours) = (digest_in_guest(boot, "vda", LEN_MIB * MIB, MIB)?, digest(&copy)?);
     ensure!(theirs == ours, "an NBD client wrote {ours}, the guest reads {theirs}");
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }

@@ -1,10 +1,10 @@
 //! One guest with a disk of each kind; what a guest does with a disk in its ordinary life.
 
 use crate::command::{command, output};
-use crate::lab::qemu::Scenario;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::server::{Kind, Plan};
 use crate::lab::qemu::stage::Stage;
+use crate::lab::qemu::{Linux, Scenario};
 use crate::lab::qemu::{faults, growth, guest_log, trim};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
@@ -29,12 +29,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: faults::writes,
         peer: false,
     },
-    Scenario { name: "growth: a disk grows while the guest runs", run: growth::run, peer: false },
     Scenario { name: "root: the guest lives on our disk, and survives a power cut", run: root, peer: true },
+    Scenario { name: "growth: a disk grows while the guest runs", run: growth::run, peer: false },
 ];
 
 /// /dev/vda is the root, and the guest has two CPUs.
-pub(crate) fn boot<'a>(stage: &'a Stage, name: &str) -> Result<Boot<'a>> {
+pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
     let work = &stage.work;
     let root = work.fresh("root.raw")?;
     stage.root.disk(&root, 256 * MIB, &stage.tools)?;
@@ -52,7 +52,7 @@ pub(crate) fn boot<'a>(stage: &'a Stage, name: &str) -> Result<Boot<'a>> {
         faulty,
         Plan::new("growing", work.sparse("growing.raw", growth::BEFORE)?),
     ];
-    Boot::new(stage, name, Settings { cpus: 2, words: "lab.root=/dev/vda" }, Vec::new(), disks)
+    Boot::new(stage, "disks", Settings { linux, cpus: 2, words: "lab.root=/dev/vda" }, Vec::new(), disks)
 }
 
 /// Bytes that nobody expects by chance.
@@ -69,17 +69,15 @@ pub(crate) fn digest(path: &Path) -> Result<String> {
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
 }
 
-/// The digest of some MiB of a disk as the guest reads them, past its page cache.
-pub(crate) fn digest_in_guest(
-    boot: &mut Boot<'_>,
-    disk: &str,
-    from_mib: u64,
-    count_mib: u64,
-) -> Result<String> {
-    let line = boot.sh(&format!(
-        "set -o pipefail; dd if=/dev/{disk} bs=1M skip={from_mib} count={count_mib} iflag=direct 2> /run/dd | sha256sum"
-    ))?;
+/// The digest of a part of a disk, in bytes, as the guest reads it past its page cache.
+pub(crate) fn digest_in_guest(boot: &mut Boot<'_>, disk: &str, at: u64, len: u64) -> Result<String> {
+    let line = boot.sh(&format!("set -o pipefail; guest read /dev/{disk} {at} {len} | sha256sum"))?;
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// Has the guest write so many bytes that nobody expects by chance, past its page cache.
+pub(crate) fn write_noise(boot: &mut Boot<'_>, disk: &str, at: u64, len: u64) -> Result<()> {
+    boot.sh(&format!("set -o pipefail; head -c {len} /dev/urandom | guest write /dev/{disk} {at}")).map(drop)
 }
 
 fn require_no_fault(boot: &mut Boot<'_>) -> Result<()> {
@@ -93,7 +91,7 @@ fn queues(boot: &mut Boot<'_>) -> Result<()> {
     ensure!(cpus == "0: 0\n1: 1", "these are the queues and their CPUs:\n{cpus}");
     for cpu in 0..2 {
         let before = interrupts(boot)?;
-        boot.sh(&format!("taskset -c {cpu} dd if=/dev/vdb of=/dev/null bs=4k count=200 iflag=direct 2>&1"))?;
+        boot.sh(&format!("taskset -c {cpu} guest sectors read /dev/vdb 0 200"))?;
         let after = interrupts(boot)?;
         let used: Vec<u64> = before.iter().zip(&after).map(|(before, after)| after - before).collect();
         println!("     interrupts for 200 reads on CPU {cpu}: {used:?}");
@@ -118,9 +116,9 @@ fn read_only(boot: &mut Boot<'_>) -> Result<()> {
     let before = digest(&image)?;
     let ro = boot.sh("cat /sys/block/vdc/ro")?;
     ensure!(ro == "1", "the guest takes it for writable: ro is {ro}");
-    let read = digest_in_guest(boot, "vdc", 0, 16)?;
+    let read = digest_in_guest(boot, "vdc", 0, 16 * MIB)?;
     ensure!(read == before, "the guest reads other bytes than the image has");
-    let write = boot.machine()?.run("dd if=/dev/zero of=/dev/vdc bs=4k count=1 oflag=direct 2>&1")?;
+    let write = boot.machine()?.run("dd if=/dev/zero of=/dev/vdc bs=4k count=1 conv=fsync 2>&1")?;
     ensure!(write.status != 0, "a write went well:\n{}", write.said);
     let trim = boot.machine()?.run("/sbin/blkdiscard /dev/vdc")?;
     ensure!(trim.status != 0, "a discard went well:\n{}", trim.said);
@@ -133,6 +131,11 @@ fn read_only(boot: &mut Boot<'_>) -> Result<()> {
 fn large_blocks(boot: &mut Boot<'_>) -> Result<()> {
     let sizes = boot.sh("cd /sys/block/vdd/queue; cat logical_block_size physical_block_size")?;
     ensure!(sizes == "4096\n4096", "logical and physical blocks of {}", sizes.replace('\n', ", "));
+    let half = boot.sh("guest sectors read /dev/vdd 1 1")?;
+    ensure!(
+        half.contains("Invalid argument"),
+        "a part of a block was asked for, and the guest says `{half}`"
+    );
     write_and_check(boot, "/dev/vdd", "ext4")?;
     require_no_fault(boot)
 }

@@ -3,12 +3,12 @@
 use crate::command::{until, wait_while};
 use crate::lab::disk_full::{FREE, SIZE, allocated, mib};
 use crate::lab::ground::Ground;
-use crate::lab::qemu::Scenario;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::disks::MIB;
 use crate::lab::qemu::guest_log;
 use crate::lab::qemu::server::{Kind, Plan};
 use crate::lab::qemu::stage::Stage;
+use crate::lab::qemu::{Linux, Scenario};
 use anyhow::{Context, Result, ensure};
 use lab::machine::Job;
 use rustix::process::Signal;
@@ -21,7 +21,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// /dev/vdb is told that there is no room, /dev/vdc waits for it.
-pub(crate) fn boot<'a>(stage: &'a Stage, name: &str) -> Result<Boot<'a>> {
+pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
     let root = stage.work.fresh("root.raw")?;
     stage.root.disk(&root, 256 * MIB, &stage.tools)?;
     let grounds =
@@ -36,7 +36,7 @@ pub(crate) fn boot<'a>(stage: &'a Stage, name: &str) -> Result<Boot<'a>> {
         holding = holding.with(&["--on-enospc", "hold"]);
     }
     let disks = vec![Plan::new("root", root), Plan::new("full", image(&grounds[0])?), holding];
-    Boot::new(stage, name, Settings { cpus: 1, words: "lab.root=/dev/vda" }, grounds, disks)
+    Boot::new(stage, "full", Settings { linux, cpus: 1, words: "lab.root=/dev/vda" }, grounds, disks)
 }
 
 /// A partition with an ext3 and, in it, files that are synced; returns what they hold.
@@ -111,7 +111,7 @@ fn hold(boot: &mut Boot<'_>) -> Result<()> {
         Ok(server.said()?.contains("held"))
     })?;
     // Who needs no space has nothing to wait for.
-    boot.sh("dd if=/dev/vdc of=/dev/null bs=1M count=4 iflag=direct 2>&1")?;
+    boot.sh("guest read /dev/vdc 0 4194304 > /dev/null")?;
     let early = job.ended(boot.machine()?)?;
     ensure!(early.is_none(), "dd did not wait: {early:?}");
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?).context("while writes are held")?;

@@ -2,7 +2,7 @@
 
 use crate::command::{command, output, until};
 use crate::lab::qemu::boot::Boot;
-use crate::lab::qemu::disks::{MIB, digest_in_guest};
+use crate::lab::qemu::disks::{MIB, digest_in_guest, write_noise};
 use crate::lab::qemu::guest_log;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -13,8 +13,8 @@ pub(crate) const BEFORE: u64 = 64 * MIB;
 const AFTER: u64 = 96 * MIB;
 
 pub(crate) fn run(boot: &mut Boot<'_>) -> Result<()> {
-    boot.sh("dd if=/dev/urandom of=/dev/vdf bs=1M count=4 oflag=direct 2> /run/dd")?;
-    let old = digest_in_guest(boot, "vdf", 0, 4)?;
+    write_noise(boot, "vdf", 0, 4 * MIB)?;
+    let old = digest_in_guest(boot, "vdf", 0, 4 * MIB)?;
     let server = boot.server("growing")?;
     let image = server.plan().image.clone();
     File::options().write(true).open(&image)?.set_len(AFTER)?;
@@ -22,6 +22,7 @@ pub(crate) fn run(boot: &mut Boot<'_>) -> Result<()> {
     let sectors = AFTER / 512;
     let mut found = String::new();
     let is_seen = until(Duration::from_secs(60), "the guest has seen the new size", || {
+        boot.server("growing")?.must_live()?;
         found = boot.sh("cat /sys/block/vdf/size")?;
         Ok(found == sectors.to_string())
     });
@@ -35,14 +36,13 @@ pub(crate) fn run(boot: &mut Boot<'_>) -> Result<()> {
     );
     guest_log::require_no_fault(&log)?;
 
-    let last = AFTER / MIB - 1;
-    boot.sh(&format!(
-        "dd if=/dev/urandom of=/dev/vdf bs=1M seek={last} count=1 oflag=direct conv=fsync 2> /run/dd"
-    ))?;
-    let new = digest_in_guest(boot, "vdf", last, 1)?;
+    let last = AFTER - MIB;
+    write_noise(boot, "vdf", last, MIB)?;
+    boot.sh("sync /dev/vdf")?;
+    let new = digest_in_guest(boot, "vdf", last, MIB)?;
     let tail = format!("tail -c {MIB} {} | sha256sum", image.display());
     let on_the_host = output(&mut command("sh", ["-c", &tail]))?;
     ensure!(on_the_host.starts_with(&new), "the image's last MiB is not what the guest wrote");
-    ensure!(digest_in_guest(boot, "vdf", 0, 4)? == old, "what was there before has changed");
+    ensure!(digest_in_guest(boot, "vdf", 0, 4 * MIB)? == old, "what was there before has changed");
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }

@@ -28,21 +28,24 @@ fn parse(line: &str) -> Option<Line> {
 }
 
 /// Fails if the kernel found any fault: an error, or a warning about a disk.
-pub(crate) fn require_no_fault(lines: &[Line]) -> Result<()> {
+pub(crate) fn require_no_fault<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Result<()> {
     require_none(lines, |line| line.level <= ERROR || (line.level == WARNING && is_about_disks(line)))
 }
 
 /// Fails if the kernel found an error. Warnings are in order: a file system says that it once had errors.
-pub(crate) fn require_no_error(lines: &[Line]) -> Result<()> {
+pub(crate) fn require_no_error<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Result<()> {
     require_none(lines, |line| line.level <= ERROR)
 }
 
 const ERROR: u8 = 3;
 const WARNING: u8 = 4;
 
-fn require_none(lines: &[Line], is_fault: impl Fn(&Line) -> bool) -> Result<()> {
+fn require_none<'a>(
+    lines: impl IntoIterator<Item = &'a Line>,
+    is_fault: impl Fn(&Line) -> bool,
+) -> Result<()> {
     let faults: Vec<&str> =
-        lines.iter().filter(|line| is_fault(line)).map(|line| line.text.as_str()).collect();
+        lines.into_iter().filter(|line| is_fault(line)).map(|line| line.text.as_str()).collect();
     ensure!(faults.is_empty(), "the guest's kernel complains:\n{}", faults.join("\n"));
     Ok(())
 }

@@ -22,6 +22,7 @@ use boot::Boot;
 use clap::{Args, ValueEnum};
 use lab::packages::Suite;
 use stage::Stage;
+use std::fmt;
 use std::path::PathBuf;
 
 /// Which of it, with what.
@@ -36,9 +37,9 @@ pub(crate) struct Qemu {
     /// The server's program, if not the one built here or found in the PATH.
     #[arg(long, value_name = "PATH")]
     program: Option<PathBuf>,
-    /// The guest's kernel.
-    #[arg(long, value_enum, default_value = "6.12")]
-    kernel: Linux,
+    /// The guest's kernel, if not all that a scenario is for.
+    #[arg(long, value_enum)]
+    kernel: Option<Linux>,
     /// Where the scenarios' dice start: the moments of `kill -9`, and what the guest writes.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -49,7 +50,7 @@ pub(crate) struct Qemu {
 
 /// A kernel of Debian's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum Linux {
+pub(crate) enum Linux {
     #[value(name = "6.1")]
     Of61,
     #[value(name = "6.12")]
@@ -65,11 +66,25 @@ impl Linux {
     }
 }
 
+impl fmt::Display for Linux {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Linux::Of61 => "6.1",
+            Linux::Of612 => "6.12",
+        })
+    }
+}
+
 impl Qemu {
     /// The scenarios as `ci` runs them.
     pub(crate) fn of_tapdisk() -> Qemu {
-        let (server, kernel) = (server::Kind::Tapdisk, Linux::Of612);
-        Qemu { only: None, server, program: None, kernel, seed: 1, shell: false }
+        let server = server::Kind::Tapdisk;
+        Qemu { only: None, server, program: None, kernel: None, seed: 1, shell: false }
+    }
+
+    /// The kernels that are asked for.
+    fn kernels(&self) -> Vec<Linux> {
+        self.kernel.map_or_else(|| Linux::value_variants().to_vec(), |kernel| vec![kernel])
     }
 
     fn wants(&self, scenario: &str) -> bool {
@@ -88,14 +103,20 @@ pub(crate) struct Scenario {
 /// A machine's disks and what is tried on them, in this order.
 struct Group {
     name: &'static str,
-    make: for<'a> fn(&'a Stage, &str) -> Result<Boot<'a>>,
+    /// The kernels on which it is tried unless another is asked for.
+    kernels: &'static [Linux],
+    make: fn(&Stage, Linux) -> Result<Boot<'_>>,
     scenarios: &'static [Scenario],
 }
 
+const ALL: &[Linux] = &[Linux::Of612, Linux::Of61];
+/// For what takes long.
+const MAIN: &[Linux] = &[Linux::Of612];
+
 const GROUPS: &[Group] = &[
-    Group { name: "disks", make: disks::boot, scenarios: disks::SCENARIOS },
-    Group { name: "death", make: death::boot, scenarios: death::SCENARIOS },
-    Group { name: "full", make: full::boot, scenarios: full::SCENARIOS },
+    Group { name: "disks", kernels: ALL, make: disks::boot, scenarios: disks::SCENARIOS },
+    Group { name: "death", kernels: ALL, make: death::boot, scenarios: death::SCENARIOS },
+    Group { name: "full", kernels: MAIN, make: full::boot, scenarios: full::SCENARIOS },
 ];
 
 /// All scenarios, several a boot.
@@ -108,13 +129,17 @@ pub(crate) fn run(arguments: &Qemu) -> Result<()> {
     let stage = Stage::set(arguments).context("make ready what the machines are made of")?;
     let mut report = Report::default();
     for group in GROUPS {
-        run_group(&stage, group, &mut report);
+        let asked_for = arguments.kernel.as_slice();
+        for linux in if asked_for.is_empty() { group.kernels } else { asked_for } {
+            run_group(&stage, group, *linux, &mut report);
+        }
     }
     report.table();
     report.judge("lab qemu")
 }
 
-fn run_group(stage: &Stage, group: &Group, report: &mut Report) {
+fn run_group(stage: &Stage, group: &Group, linux: Linux, report: &mut Report) {
+    let title = |name: &str| format!("{linux} {name}");
     let mut wanted = Vec::new();
     for scenario in group.scenarios {
         if !stage.arguments.wants(scenario.name) {
@@ -123,20 +148,20 @@ fn run_group(stage: &Stage, group: &Group, report: &mut Report) {
         if stage.arguments.server == server::Kind::Tapdisk || scenario.peer {
             wanted.push(scenario);
         } else {
-            report.skip(scenario.name, "only with tapdisk");
+            report.skip(&title(scenario.name), "only with tapdisk");
         }
     }
     if wanted.is_empty() {
         return;
     }
     let mut made = None;
-    report.part(&format!("boot: {}", group.name), || {
-        made = Some((group.make)(stage, group.name)?);
+    report.part(&title(&format!("boot: {}", group.name)), || {
+        made = Some((group.make)(stage, linux)?);
         Ok(())
     });
     let Some(mut boot) = made else { return };
     for scenario in wanted {
-        report.part(scenario.name, || {
+        report.part(&title(scenario.name), || {
             let result = (scenario.run)(&mut boot);
             result.inspect_err(|_| println!("{}", boot.about()))
         });
@@ -145,6 +170,6 @@ fn run_group(stage: &Stage, group: &Group, report: &mut Report) {
         report.part("shell", || shell::ask(&mut boot));
     }
     if let Err(error) = boot.end() {
-        report.part(&format!("end: {}", group.name), || Err(error));
+        report.part(&title(&format!("end: {}", group.name)), || Err(error));
     }
 }

@@ -40,13 +40,13 @@ pub(crate) fn fstrim(boot: &mut Boot<'_>) -> Result<()> {
 }
 
 pub(crate) fn zeroes(boot: &mut Boot<'_>) -> Result<()> {
-    // Not at the edges of anything: 512 bytes in and 512 bytes short of 3 MiB, within 4 MiB of noise.
-    let script = "set -e; set -o pipefail; cd /run\n\
-        count() { dd if=/dev/vdb bs=512 skip=$1 count=$2 iflag=direct 2> dd | tr -d '\\0' | wc -c; }\n\
-        dd if=/dev/urandom of=noise bs=1M count=4 2> dd; tr '\\0' x < noise > nonzero\n\
-        dd if=nonzero of=/dev/vdb bs=1M seek=128 oflag=direct 2> dd\n\
-        /sbin/blkdiscard -f -z -o $((128 * 1048576 + 512)) -l $((3 * 1048576 - 1024)) /dev/vdb 2> dd\n\
-        count $((128 * 2048)) 1; count $((128 * 2048 + 1)) 6142; count $((131 * 2048 - 1)) 2049";
+    // Not at the edges of anything: from 512 bytes in, to 512 bytes short of 3 MiB, in 4 MiB of noise.
+    let script = "set -e; set -o pipefail\n\
+        count() { guest read /dev/vdb $1 $2 | tr -d '\\0' | wc -c; }\n\
+        at=$((128 * 1048576)); end=$(($at + 3 * 1048576))\n\
+        head -c 4194304 /dev/urandom | tr '\\0' x | guest write /dev/vdb $at\n\
+        /sbin/blkdiscard -f -z -o $(($at + 512)) -l $(($end - $at - 1024)) /dev/vdb 2> /run/said\n\
+        count $at 512; count $(($at + 512)) $(($end - $at - 1024)); count $(($end - 512)) 1049088";
     let counts = boot.sh(script)?;
     let found: Vec<&str> = counts.lines().collect();
     println!("     bytes that are not zero before, in and behind it: {}", found.join(", "));
