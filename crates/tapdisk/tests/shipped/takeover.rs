@@ -58,7 +58,8 @@ fn a_server_that_is_killed_again_and_again_loses_nothing_and_answers_each_reques
             driver.reconnect(&server.guest_socket()).unwrap();
             all_ok(&mut driver, &writes[answered..], &how);
             // What the dead one may still have had under way must not land on what is written now.
-            let again: Vec<u64> = (0..blocks).filter(|block| chance(death * 100 + block) % 2 == 0).collect();
+            let again: Vec<u64> =
+                (0..blocks).filter(|block| chance(death * 100 + block).is_multiple_of(2)).collect();
             let newer = |block: u64| contents(block, death + 100);
             let rewrites: Vec<_> = again
                 .iter()
