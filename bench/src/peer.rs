@@ -111,7 +111,7 @@ pub(crate) fn known() -> Vec<Peer> {
             version: "qemu-nbd --version",
             export: "",
             config: "",
-            null: r#"qemu-nbd --persistent -k {socket} json:{"driver":"null-co","size":1073741824}"#.into(),
+            null: r#"qemu-nbd --persistent -k {socket} json:{"driver":"null-co","size":1073741824,"read-zeroes":true}"#.into(),
             ram: String::new(),
             cached: "qemu-nbd --persistent -k {socket} -f raw --cache=writeback --aio=io_uring {image}".into(),
             direct: "qemu-nbd --persistent -k {socket} -f raw --cache=none --aio=io_uring {image}".into(),
@@ -122,7 +122,7 @@ pub(crate) fn known() -> Vec<Peer> {
             version: "qemu-storage-daemon --version",
             export: "disk",
             config: "",
-            null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824 \
+            null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824,read-zeroes=on \
                    --nbd-server addr.type=unix,addr.path={socket} \
                    --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
                 .into(),
@@ -187,7 +187,7 @@ pub(crate) fn known() -> Vec<Peer> {
             version: "qemu-storage-daemon --version",
             export: "",
             config: "",
-            null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824 \
+            null: "qemu-storage-daemon --object iothread,id=thread --blockdev null-co,node-name=disk,size=1073741824,read-zeroes=on \
                    --export vhost-user-blk,id=disk,node-name=disk,writable=on,iothread=thread,addr.type=unix,addr.path={socket}"
                 .into(),
             ram: String::new(),

@@ -7,7 +7,6 @@ mod clients;
 mod install;
 mod lab;
 mod model;
-mod nbd_client;
 mod report;
 mod server;
 mod sim;

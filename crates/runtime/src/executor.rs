@@ -266,9 +266,20 @@ impl Handle {
         self.start(Io::Poll { fd: fd.clone() }, None)
     }
 
-    /// Adds 1 to an eventfd. Nobody hears how that went; it never holds up the thread, whatever the descriptor is.
+    /// Signals an eventfd: adds 1, or less often than it is called while a signal is under way, for one tells of all
+    /// that came before it. Nobody hears how that went; it never holds up the thread, whatever the descriptor is.
     pub fn signal(&self, fd: &Rc<Fd>) {
-        self.0.ring.start_alone(Io::Signal { fd: fd.clone() });
+        self.0.ring.signal(fd);
+    }
+
+    /// Gives up a signal that is still under way: the eventfd is full, and its owner wants to be rid of it.
+    pub fn end_signal(&self, fd: &Fd) {
+        self.0.ring.end_signal(fd);
+    }
+
+    /// Lets the ring take a turn: what was started before is under way then.
+    pub async fn turn(&self) {
+        self.sleep(Duration::ZERO).await;
     }
 
     /// Looks after a source until the result is dropped.

@@ -201,7 +201,7 @@ impl Driver {
         Ok(self.regions.len() - 1)
     }
 
-    /// Takes the region back that came last; nothing may lie in it that a request needs.
+    /// Takes the region back that came last, and unmaps it here. Nothing may lie in it that a device is to write.
     pub fn remove_region(&mut self) -> Result<()> {
         let region = self.regions.pop().ok_or("no region")?;
         self.link.talk().remove_mem_region(&region.info())?;
@@ -241,6 +241,19 @@ impl Driver {
         Ok(self.link.talk().get_vring_base(queue)?.try_into()?)
     }
 
+    /// Lets the back end look at a ring, or not (`SET_VRING_ENABLE`).
+    pub fn enable(&mut self, queue: usize, is_on: bool) -> Result<()> {
+        Ok(self.link.talk().set_vring_enable(queue, is_on)?)
+    }
+
+    /// How often the device has called since this was last asked, other than while an answer was waited for.
+    pub fn calls(&self, queue: usize) -> Result<u64> {
+        match self.queues[queue].call.read() {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(0),
+            calls => Ok(calls?),
+        }
+    }
+
     /// What the device says of itself.
     pub fn config(&mut self) -> Result<Config> {
         self.link.config()
@@ -262,8 +275,9 @@ impl Driver {
     }
 
     /// Requests without an answer.
-    pub fn open(&self) -> usize {
-        self.queues.iter().map(|queue| queue.open.len()).sum()
+    pub fn open(&mut self) -> Result<usize> {
+        self.collect()?;
+        Ok(self.queues.iter().map(|queue| queue.open.len()).sum())
     }
 
     /// Makes a request, and tells the device of it.
@@ -411,7 +425,10 @@ impl Driver {
                 }
                 let status = Status(bytes.pop().ok_or("a request without a status")?);
                 for place in open.places {
-                    self.regions[place.region].arena.give_back(place.at, place.len);
+                    // What the device only reads may lie in a region that is gone.
+                    if let Some(region) = self.regions.get_mut(place.region) {
+                        region.arena.give_back(place.at, place.len);
+                    }
                 }
                 queue.ring.give_back(&open.descriptors);
                 self.early.insert(open.ticket, Answer { status, used: used.len, bytes });

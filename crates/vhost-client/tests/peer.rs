@@ -114,7 +114,7 @@ fn many_requests_on_several_queues_find_their_answers() {
         let (_, at) = tickets[turn as usize % 30];
         assert_eq!(driver.ask(&Request::read(at, 4096)).unwrap().bytes, pattern(4096, at as u8));
     }
-    assert_eq!(driver.open(), 0);
+    assert_eq!(driver.open().unwrap(), 0);
 }
 
 #[test]

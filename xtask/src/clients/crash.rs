@@ -6,9 +6,9 @@
 use super::{Check, MIB, Stage};
 use crate::command::start;
 use crate::model::{BLOCK, Generation, Model, Numbers};
-use crate::nbd_client::{Ask, Client};
 use crate::work::drop_caches;
 use anyhow::{Context, Result, bail, ensure};
+use nbd_client::{Client, Request, Style};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -38,7 +38,7 @@ fn crash(stage: &Stage<'_>, fua: bool) -> Result<()> {
     let mut numbers = Numbers::new(if fua { 1 } else { 2 });
     for _ in 0..3 {
         let server = stage.serve(&image)?;
-        let mut client = Client::connect(server.socket())?;
+        let mut client = Client::connect(server.socket(), Style::Simple)?;
         client.set_patience(Duration::from_secs(10))?;
         // Something else kills it, at a moment that the writer does not choose.
         let seconds = LIFE.as_secs_f64() + (numbers.below(300) as f64) / 1000.0;
@@ -53,7 +53,7 @@ fn crash(stage: &Stage<'_>, fua: bool) -> Result<()> {
         drop_caches()?;
         check_image(&image, &model).context("in the image")?;
         let server = stage.serve(&image).context("start again after kill -9")?;
-        let mut client = Client::connect(server.socket())?;
+        let mut client = Client::connect(server.socket(), Style::Simple)?;
         check_served(&mut client, &model).context("after a restart")?;
         drop(client);
         stage.end(server)?;
@@ -92,22 +92,23 @@ fn write_until_it_dies(
                 *generation += 1;
                 model.sent(at, len, *generation);
                 let bytes = model.contents(at, len, *generation);
-                let cookie = client.send(Ask::Write { at, bytes: &bytes, fua })?;
+                let request = Request::write(at, &bytes);
+                let cookie = client.send(&if fua { request.fua() } else { request })?;
                 open.insert(cookie, (at, len, *generation));
             }
             if flush.is_none() && answered.len() > 64 && !fua {
                 // It covers what was answered before it was sent.
                 covered = std::mem::take(&mut answered);
-                flush = Some(client.send(Ask::Flush)?);
+                flush = Some(client.send(&Request::flush())?);
             }
             Ok(())
         })();
         let received = if sent.is_ok() { client.receive().ok() } else { None };
-        let Some(answer) = received else { return Ok(settled) };
-        if let Err(errno) = answer.result {
-            bail!("request {} failed with {errno:?}", answer.cookie);
+        let Some((cookie, answer)) = received else { return Ok(settled) };
+        if let Err(errno) = answer {
+            bail!("request {cookie} failed with {errno:?}");
         }
-        if flush == Some(answer.cookie) {
+        if flush == Some(cookie) {
             flush = None;
             for (at, len, generation) in covered.drain(..) {
                 model.settled(at, len, generation);
@@ -115,7 +116,7 @@ fn write_until_it_dies(
             }
             continue;
         }
-        let write = open.remove(&answer.cookie).context("an answer to nothing of ours")?;
+        let write = open.remove(&cookie).context("an answer to nothing of ours")?;
         if fua {
             model.settled(write.0, write.1, write.2);
             settled += 1;
@@ -137,9 +138,8 @@ fn check_image(image: &Path, model: &Model) -> Result<()> {
 fn check_served(client: &mut Client, model: &Model) -> Result<()> {
     let step = MIB;
     for at in (0..SIZE).step_by(usize::try_from(step)?) {
-        let ask = Ask::Read { at, len: u32::try_from(step)? };
-        let bytes = match client.ask(ask)? {
-            Ok(bytes) => bytes,
+        let bytes = match client.ask(&Request::read(at, step))? {
+            Ok(payload) => payload.bytes,
             Err(errno) => bail!("a read at {at} failed with {errno:?}"),
         };
         model.check(at, &bytes).require("read through the server")?;

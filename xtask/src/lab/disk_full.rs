@@ -4,10 +4,10 @@ use crate::lab::DiskFull;
 use crate::lab::ground::{Ground, MIB};
 use crate::lab::writer::{Writer, check_file, check_through, flush, places};
 use crate::model::{BLOCK, Model};
-use crate::nbd_client::{Client, Errno};
 use crate::server::Cache;
 use crate::work::{Work, drop_caches};
 use anyhow::{Result, ensure};
+use nbd_client::{Client, Errno, Style};
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -22,7 +22,7 @@ pub(crate) fn run(work: &Work, arguments: &DiskFull, cache: Cache) -> Result<()>
     let plan = arguments.plan(image.clone(), cache);
     let mut server = plan.start(work.folder())?;
     let mut model = Model::new(SIZE);
-    let mut client = Client::connect(server.socket())?;
+    let mut client = Client::connect(server.socket(), Style::Simple)?;
 
     let written = Writer::new(&mut client, &mut model, 1).write(places(SIZE))?;
     println!(
@@ -62,7 +62,7 @@ pub(crate) fn run(work: &Work, arguments: &DiskFull, cache: Cache) -> Result<()>
     println!("     in the image: {found}");
     drop_caches()?;
     let server = plan.start(work.folder())?;
-    let mut client = Client::connect(server.socket())?;
+    let mut client = Client::connect(server.socket(), Style::Simple)?;
     check_through(&mut client, &model)?.require("after a restart of the server")?;
 
     // With room, the same server takes what it refused.

@@ -6,10 +6,10 @@ use crate::lab::disk_full::{FREE, SIZE, is_settled};
 use crate::lab::ground::Ground;
 use crate::lab::writer::{DEPTH, LEN, Writer, Written, check_file, check_through, flush, places};
 use crate::model::Model;
-use crate::nbd_client::{Ask, Client, Errno};
 use crate::server::{Cache, Server};
 use crate::work::Work;
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nbd_client::{Client, Errno, Request, Style};
 use rustix::process::Signal;
 use std::fs::File;
 use std::thread::{self, JoinHandle};
@@ -45,7 +45,7 @@ impl Held {
         let mut plan = arguments.plan(image, Cache::Direct);
         plan.more = vec!["--on-enospc".into(), "hold".into()];
         let server = plan.start(work.folder())?;
-        let client = Client::connect(server.socket())?;
+        let client = Client::connect(server.socket(), Style::Simple)?;
         client.set_patience(Duration::from_secs(120))?;
         let writer = thread::spawn(move || write_all(client));
         // Full is when no more space is taken for a while, although there is a writer.
@@ -68,7 +68,7 @@ fn end(writer: JoinHandle<End>) -> Result<End> {
 
 pub(crate) fn completes(work: &Work, arguments: &DiskFull) -> Result<()> {
     let Held { ground, mut server, writer } = Held::make(work, arguments)?;
-    let mut other = Client::connect(server.socket())?;
+    let mut other = Client::connect(server.socket(), Style::Simple)?;
     other.set_patience(Duration::from_secs(5))?;
     others_go_on(&mut other).context("beside the held writes")?;
     server.signal(Signal::USR1)?;
@@ -98,22 +98,27 @@ pub(crate) fn completes(work: &Work, arguments: &DiskFull) -> Result<()> {
     println!("     in the image: {found}");
     let plan = arguments.plan(ground.path("disk.raw"), Cache::Direct);
     let server = plan.start(work.folder())?;
-    check_through(&mut Client::connect(server.socket())?, &model)?.require("after a restart")?;
+    check_through(&mut Client::connect(server.socket(), Style::Simple)?, &model)?
+        .require("after a restart")?;
     server.stop()
 }
 
 /// Reads, flushes and writes that need no space have nothing to wait for.
 fn others_go_on(other: &mut Client) -> Result<()> {
     let model = Model::new(SIZE);
-    let len = u32::try_from(LEN)?;
+    let len = LEN as u64;
+    let read = |other: &mut Client, at| -> Result<Vec<u8>> {
+        match other.ask(&Request::read(at, len)).context("read")? {
+            Ok(payload) => Ok(payload.bytes),
+            Err(errno) => bail!("a read at {at} failed with {errno:?}"),
+        }
+    };
     for _ in 0..20 {
         let bytes = model.contents(0, LEN, 2);
-        let write = other.ask(Ask::Write { at: 0, bytes: &bytes, fua: false }).context("write")?;
+        let write = other.ask(&Request::write(0, &bytes)).context("write")?;
         ensure!(write.is_ok(), "a write over allocated blocks failed with {:?}", write.err());
-        let read = other.ask(Ask::Read { at: 0, len }).context("read")?;
-        ensure!(read == Ok(bytes), "a read is not what was written");
-        let hole = other.ask(Ask::Read { at: SIZE - LEN as u64, len }).context("read")?;
-        ensure!(hole == Ok(vec![0; LEN]), "a hole does not read as zeroes");
+        ensure!(read(other, 0)? == bytes, "a read is not what was written");
+        ensure!(read(other, SIZE - len)? == vec![0; LEN], "a hole does not read as zeroes");
         flush(other).context("flush")?;
     }
     Ok(())

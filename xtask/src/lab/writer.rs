@@ -2,8 +2,8 @@
 
 use crate::lab::ground::MIB;
 use crate::model::{BLOCK, Found, Generation, Model};
-use crate::nbd_client::{Ask, Client, Errno};
 use anyhow::{Context, Result, bail, ensure};
+use nbd_client::{Answer, Client, Errno, Request};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,8 +33,8 @@ impl Written {
         Ok(())
     }
 
-    fn count(&mut self, result: &Result<Vec<u8>, Errno>) {
-        match result {
+    fn count(&mut self, answer: &Answer) {
+        match answer {
             Ok(_) => {
                 self.acknowledged += 1;
                 if self.failed.is_empty() {
@@ -89,18 +89,18 @@ impl<'a> Writer<'a> {
     fn send(&mut self, at: u64) -> Result<()> {
         let bytes = self.model.contents(at, LEN, self.generation);
         self.model.sent(at, LEN, self.generation);
-        let cookie = self.client.send(Ask::Write { at, bytes: &bytes, fua: false })?;
+        let cookie = self.client.send(&Request::write(at, &bytes))?;
         self.places.insert(cookie, at);
         Ok(())
     }
 
     fn take_answer(&mut self) -> Result<()> {
-        let answer = self.client.receive()?;
-        let at = self.places.remove(&answer.cookie).context("an answer to nothing of ours")?;
-        if answer.result.is_ok() {
+        let (cookie, answer) = self.client.receive()?;
+        let at = self.places.remove(&cookie).context("an answer to nothing of ours")?;
+        if answer.is_ok() {
             self.model.settled(at, LEN, self.generation);
         }
-        self.written.count(&answer.result);
+        self.written.count(&answer);
         Ok(())
     }
 }
@@ -112,7 +112,7 @@ pub(crate) fn places(size: u64) -> impl Iterator<Item = u64> {
 
 /// A flush that must succeed.
 pub(crate) fn flush(client: &mut Client) -> Result<()> {
-    match client.ask(Ask::Flush)? {
+    match client.ask(&Request::flush())? {
         Ok(_) => Ok(()),
         Err(errno) => bail!("a flush failed with {errno:?}"),
     }
@@ -129,15 +129,15 @@ pub(crate) fn check_through(client: &mut Client, model: &Model) -> Result<Found>
         while open.len() < DEPTH
             && let Some(at) = todo.next()
         {
-            open.insert(client.send(Ask::Read { at, len: u32::try_from(LEN)? })?, at);
+            open.insert(client.send(&Request::read(at, LEN as u64))?, at);
         }
         if open.is_empty() {
             return Ok(found);
         }
-        let answer = client.receive()?;
-        let at = open.remove(&answer.cookie).context("an answer to nothing of ours")?;
-        match answer.result {
-            Ok(bytes) => found.add(model.check(at, &bytes)),
+        let (cookie, answer) = client.receive()?;
+        let at = open.remove(&cookie).context("an answer to nothing of ours")?;
+        match answer {
+            Ok(payload) => found.add(model.check(at, &payload.bytes)),
             Err(errno) => bail!("a read at {at} failed with {errno:?}"),
         }
     }

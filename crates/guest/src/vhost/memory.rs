@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use block::{Buf, Errno};
 use runtime::{Handle, RegisteredMemory};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::fault::{Refusal, Watched};
+use super::fault::{self, Refusal, Watched};
 
 /// Where a region lies, as the front end tells it ("Memory region description"). All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +113,12 @@ impl Mapping {
         let mapped_at =
             unsafe { rustix::mm::mmap(base.cast(), mapped, access, flags | MapFlags::FIXED, fd, from) };
         mapped_at.map_err(failed)?;
+        // A guest's memory is its own affair: it does not go into a core dump of ours.
+        // SAFETY: advice about what was just mapped, which changes nothing of its contents.
+        let advised = unsafe { rustix::mm::madvise(base.cast(), mapped, Advice::LinuxDontDump) };
+        if let Err(errno) = advised {
+            tracing::debug!(%errno, "guest memory would be in a core dump");
+        }
         mapping.watched = Some(Watched::new(base.addr(), mapped, page)?);
         Ok(Rc::new(mapping))
     }
@@ -128,7 +134,8 @@ impl Mapping {
     /// Whether its file was cut short under somebody's hands.
     #[inline]
     pub(crate) fn is_broken(&self) -> bool {
-        self.watched.as_ref().is_some_and(Watched::is_broken)
+        // Almost always that is known without a look at the mapping.
+        fault::count() != 0 && self.watched.as_ref().is_some_and(Watched::is_broken)
     }
 
     /// `len` bytes of it from byte `at` on; `None` where that is not within it.
@@ -348,10 +355,12 @@ impl Memory {
         fd: BorrowedFd<'_>,
         registrar: Option<&Handle>,
     ) -> Result<Memory, MapError> {
-        let overlaps = |a: u64, b: u64, len: u64| a < b.saturating_add(len) && b < a.saturating_add(spec.len);
+        // Only for the guest: a front end may have mapped its memory more than once, or may show it twice.
         for region in &self.regions {
             let other = region.spec;
-            if overlaps(spec.guest, other.guest, other.len) || overlaps(spec.user, other.user, other.len) {
+            let is_apart = spec.guest >= other.guest.saturating_add(other.len)
+                || other.guest >= spec.guest.saturating_add(spec.len);
+            if !is_apart {
                 let (at, len, other, other_len) = (spec.guest, spec.len, other.guest, other.len);
                 return Err(MapError::Overlap { at, len, other, other_len });
             }
@@ -385,7 +394,7 @@ impl Memory {
     }
 
     /// The region of this address, and how far into it that is.
-    #[inline]
+    #[inline(always)]
     fn find(&self, at: u64) -> Option<(&Rc<Region>, usize)> {
         if let Some(region) = self.regions.get(self.last.get())
             && let Some(offset) = region.offset(at)
@@ -431,7 +440,7 @@ impl Memory {
     }
 
     /// Bytes of the guest's memory, in as many segments as there are regions.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn buf(&self, at: u64, len: usize) -> Result<Buf, Outside> {
         if let Some((region, offset)) = self.find(at)
             && len <= region.mapping.len - offset
@@ -472,8 +481,30 @@ impl Memory {
         if broken { Err(Outside::Gone { at }) } else { Ok(()) }
     }
 
+    /// 16 bytes of the guest's memory, as a number.
+    #[inline(always)]
+    pub(crate) fn u128(&self, at: u64) -> Result<u128, Outside> {
+        let mut bytes = [0; 16];
+        if let Some((region, offset)) = self.find(at)
+            && bytes.len() <= region.mapping.len - offset
+            && !region.mapping.is_broken()
+        {
+            // SAFETY: within the region, as was just checked; see `read`. Its end may be odd, so it is copied.
+            unsafe {
+                let from = region.ptr.add(offset).as_ptr();
+                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
+            }
+            if region.mapping.is_broken() {
+                return Err(Outside::Gone { at });
+            }
+        } else {
+            self.read(at, &mut bytes)?;
+        }
+        Ok(u128::from_le_bytes(bytes))
+    }
+
     /// A byte of the guest's memory.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn byte(&self, at: u64) -> Result<Byte, Outside> {
         let (region, offset) = self.find(at).ok_or(Outside::Hole { at, len: 1 })?;
         if region.mapping.is_broken() {
@@ -496,7 +527,7 @@ impl Memory {
 }
 
 /// Memory within a region.
-#[inline]
+#[inline(always)]
 fn part(region: &Rc<Region>, ptr: NonNull<u8>, len: usize, registered: Option<u16>) -> Buf {
     // SAFETY: the callers stay within the region. Its mapping lives as long as `keep`, is readable and writable (a page
     // of it that is gone is replaced, see `fault`), and nobody holds a reference into it.

@@ -80,6 +80,7 @@ impl Queue {
     }
 
     /// Takes the next request, if there is one.
+    #[inline]
     pub(crate) fn take(&mut self, memory: &Memory, terms: &Terms) -> Result<Taken, RingError> {
         let head = match self.resubmit.pop_front() {
             Some(head) => head,
@@ -94,7 +95,8 @@ impl Queue {
             return Err(RingError::Gone);
         }
         let state = &mut self.heads[usize::from(head)];
-        *state = Head { is_out: true, status: Some(judged.status), ..Head::default() };
+        (state.status, state.written) = (Some(judged.status), 0);
+        (state.is_left, state.errno) = (false, None);
         match judged.verdict {
             Verdict::Serve(op, written) => {
                 (state.kind, state.written, state.parts) = (Some(op.kind()), written, 1);

@@ -62,6 +62,7 @@ const UNSUPPORTED: Verdict = Verdict::Answer(Status::Unsupp, 0);
 ///
 /// # Errors
 /// Where nobody can be told: there is no header or no place for the status.
+#[inline(always)]
 pub(crate) fn judge(chain: &Chain, memory: &Memory, terms: &Terms) -> Result<Judged, RingError> {
     let status = status_byte(chain.writable(), memory)?;
     let header = header(chain.readable(), memory)?;
@@ -75,7 +76,7 @@ fn total(pieces: &[Piece]) -> u64 {
 }
 
 /// 5.2.6: the status is the last byte that the device may write.
-#[inline]
+#[inline(always)]
 fn status_byte(writable: &[Piece], memory: &Memory) -> Result<Byte, RingError> {
     let last = writable.iter().rfind(|piece| piece.len > 0).ok_or(RingError::NoStatus)?;
     let hole = Outside::Hole { at: last.at, len: last.len.into() };
@@ -90,8 +91,20 @@ struct Header {
     sector: u64,
 }
 
-#[inline]
+#[inline(always)]
 fn header(readable: &[Piece], memory: &Memory) -> Result<Header, RingError> {
+    let number = match readable.first() {
+        Some(first) if first.len >= HEADER_LEN as u32 => {
+            memory.u128(first.at).map_err(outside("a header"))?
+        }
+        Some(_) | None => split_header(readable, memory)?,
+    };
+    Ok(Header { kind: number as u32, sector: (number >> 64) as u64 })
+}
+
+/// A header in several pieces.
+#[cold]
+fn split_header(readable: &[Piece], memory: &Memory) -> Result<u128, RingError> {
     let mut bytes = [0; HEADER_LEN];
     let mut done = 0;
     for piece in readable {
@@ -99,35 +112,47 @@ fn header(readable: &[Piece], memory: &Memory) -> Result<Header, RingError> {
         memory.read(piece.at, &mut bytes[done..done + part]).map_err(outside("a header"))?;
         done += part;
         if done == HEADER_LEN {
-            break;
+            return Ok(u128::from_le_bytes(bytes));
         }
     }
-    if done < HEADER_LEN {
-        return Err(RingError::Header(done as u64));
-    }
-    let number = u128::from_le_bytes(bytes);
-    Ok(Header { kind: number as u32, sector: (number >> 64) as u64 })
+    Err(RingError::Header(done as u64))
 }
 
+#[inline(always)]
 fn verdict(header: Header, chain: &Chain, memory: &Memory, terms: &Terms) -> Result<Verdict, Outside> {
     // The header and the status are there, so that neither can be less than that.
     let to_read = total(chain.readable()) - HEADER_LEN as u64;
     let to_write = total(chain.writable()) - 1;
-    let changes = |op: &dyn Fn() -> Result<Verdict, Outside>| {
-        // Whether or not the guest took notice of VIRTIO_BLK_F_RO.
-        if terms.read_only { Ok(REFUSED) } else { op() }
-    };
     match header.kind {
         IN => {
             let Some(span) = span(header.sector, to_write, DATA_MAX, terms) else { return Ok(REFUSED) };
             let buf = gather(chain.writable(), 0, span.len(), memory)?;
             Ok(Verdict::Serve(Op::Read { at: span.at(), buf }, span.len() as u32))
         }
-        OUT => changes(&|| {
+        OUT => {
+            // Whether or not the guest took notice of VIRTIO_BLK_F_RO.
+            if terms.read_only {
+                return Ok(REFUSED);
+            }
             let Some(span) = span(header.sector, to_read, DATA_MAX, terms) else { return Ok(REFUSED) };
             let buf = gather(chain.readable(), HEADER_LEN as u64, span.len(), memory)?;
             Ok(Verdict::Serve(Op::Write { at: span.at(), buf, fua: terms.durable }, 0))
-        }),
+        }
+        kind => rare(kind, to_read, to_write, chain, memory, terms),
+    }
+}
+
+/// The verdict on what is neither a read nor a write.
+#[inline(never)]
+fn rare(
+    kind: u32,
+    to_read: u64,
+    to_write: u64,
+    chain: &Chain,
+    memory: &Memory,
+    terms: &Terms,
+) -> Result<Verdict, Outside> {
+    match kind {
         // Accepted whatever was negotiated: a flush that is not needed harms nobody.
         FLUSH => Ok(Verdict::Serve(Op::Flush, 0)),
         GET_ID => {
@@ -136,17 +161,17 @@ fn verdict(header: Header, chain: &Chain, memory: &Memory, terms: &Terms) -> Res
             Ok(Verdict::Answer(Status::Ok, len as u32))
         }
         DISCARD if terms.features & feature::DISCARD != 0 => {
-            changes(&|| ranges(Erase::Discard, to_read, chain, memory, terms))
+            ranges(Erase::Discard, to_read, chain, memory, terms)
         }
         WRITE_ZEROES if terms.features & feature::WRITE_ZEROES != 0 => {
-            changes(&|| ranges(Erase::Zero, to_read, chain, memory, terms))
+            ranges(Erase::Zero, to_read, chain, memory, terms)
         }
         _ => Ok(UNSUPPORTED),
     }
 }
 
 /// The bytes of the disk from this sector on, whole blocks of it that it has, and no more than `max`.
-#[inline]
+#[inline(always)]
 fn span(sector: u64, len: u64, max: u64, terms: &Terms) -> Option<Span> {
     let span = Span::new(sector.checked_mul(SECTOR)?, len)?;
     let fits =
@@ -155,8 +180,27 @@ fn span(sector: u64, len: u64, max: u64, terms: &Terms) -> Option<Span> {
 }
 
 /// The memory of `len` bytes from byte `skip` of these pieces on, which have as many.
-#[inline]
-fn gather(pieces: &[Piece], mut skip: u64, len: u64, memory: &Memory) -> Result<Buf, Outside> {
+#[inline(always)]
+fn gather(pieces: &[Piece], skip: u64, len: u64, memory: &Memory) -> Result<Buf, Outside> {
+    let mut ahead = skip;
+    for piece in pieces {
+        let here = u64::from(piece.len);
+        if here <= ahead {
+            ahead -= here;
+        } else if here - ahead >= len
+            && let Some(at) = piece.at.checked_add(ahead)
+        {
+            return memory.buf(at, len as usize);
+        } else {
+            break;
+        }
+    }
+    gather_all(pieces, skip, len, memory)
+}
+
+/// The same where it is not all in one piece.
+#[inline(never)]
+fn gather_all(pieces: &[Piece], mut skip: u64, len: u64, memory: &Memory) -> Result<Buf, Outside> {
     let mut left = len;
     let mut parts = pieces.iter().filter_map(move |piece| {
         let here = u64::from(piece.len).saturating_sub(skip).min(left);
@@ -204,7 +248,7 @@ fn ranges(
     terms: &Terms,
 ) -> Result<Verdict, Outside> {
     let is_whole = to_read.is_multiple_of(RANGE_LEN) && to_read / RANGE_LEN <= u64::from(RANGES_MAX);
-    if !is_whole || to_read == 0 {
+    if terms.read_only || !is_whole || to_read == 0 {
         return Ok(REFUSED);
     }
     let bytes = gather(chain.readable(), HEADER_LEN as u64, to_read, memory)?.to_vec();

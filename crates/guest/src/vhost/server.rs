@@ -28,8 +28,6 @@ struct Shared {
     /// Set when the last listener is gone after that.
     emptied: Signal,
     listeners: Cell<usize>,
-    /// The sockets of the front ends that are served, to end their messages.
-    connected: RefCell<Vec<Rc<UnixStream>>>,
     complaints: Complaints,
 }
 
@@ -43,7 +41,6 @@ impl Server {
             closing: Signal::default(),
             emptied: Signal::default(),
             listeners: Cell::new(0),
-            connected: RefCell::default(),
             complaints: Complaints::default(),
         }))
     }
@@ -74,18 +71,8 @@ impl Server {
     /// next; without such a region they are answered with their error.
     pub async fn drain(&self) {
         self.0.closing.happen();
-        for socket in self.0.connected.borrow().iter() {
-            hang_up(socket);
-        }
         self.0.tell_if_empty();
         self.0.emptied.wait().await;
-    }
-}
-
-/// Ends the reading of messages. It fails only where the socket has ended already.
-fn hang_up(socket: &UnixStream) {
-    if let Err(error) = socket.shutdown(std::net::Shutdown::Both) {
-        tracing::debug!(%error, "the front end was gone already");
     }
 }
 
@@ -107,27 +94,43 @@ impl Shared {
     }
 
     async fn serve(self: &Rc<Self>, socket: OwnedFd, peer: &str) {
-        let stream = Rc::new(UnixStream::from(socket));
+        let stream = UnixStream::from(socket);
         let mut jobs = Mailbox::default();
         let started =
             stream.try_clone().and_then(|stream| control::start(stream, self.settings.queues, jobs.sender()));
         if let Err(error) = started {
             return tracing::error!(peer, %error, "no thread for the front end's messages: it is sent away");
         }
-        let _connected = Connected::new(self, stream);
+        let hang_up = HangUp(stream);
         let device = Device::new(&self.handle, self.disk.clone(), self.settings.clone());
         let over = Rc::new(Signal::default());
         let _over = EndOfConnection(over.clone());
         let channel: Rc<RefCell<Option<OwnedFd>>> = Rc::default();
         self.handle.spawn(tell_of_growth(self.disk.clone(), channel.clone(), over));
+        let mut ended = None;
+        while ended.is_none() {
+            match self.closing.or(jobs.receive()).await {
+                Some(Job::Do(work)) => work(device.clone()).await,
+                Some(Job::Channel(fd)) => *channel.borrow_mut() = Some(fd),
+                Some(Job::End(end)) => ended = Some(end),
+                None => break,
+            }
+        }
+        // Before we hang up: a front end that sees the end of the connection looks at once how far its rings are
+        // answered, and without an in-flight region that is where the next server goes on.
+        device.stop().await;
+        drop(hang_up);
         let end = loop {
-            match jobs.receive().await {
-                Job::Do(work) => work(device.clone()).await,
-                Job::Channel(fd) => *channel.borrow_mut() = Some(fd),
-                Job::End(end) => break end,
+            match ended.take() {
+                Some(end) => break end,
+                // A message that came meanwhile: nothing starts any more, but it is answered.
+                None => match jobs.receive().await {
+                    Job::Do(work) => work(device.clone()).await,
+                    Job::Channel(_) => {}
+                    Job::End(end) => ended = Some(end),
+                },
             }
         };
-        device.stop().await;
         self.tell(peer, &end);
     }
 
@@ -163,27 +166,15 @@ async fn tell_of_growth(disk: Rc<dyn Disk>, channel: Rc<RefCell<Option<OwnedFd>>
     }
 }
 
-/// Keeps a front end's socket where it can be hung up.
-struct Connected<'a> {
-    shared: &'a Shared,
-    socket: Rc<UnixStream>,
-}
+/// Ends the reading of messages, also where serving ends by a panic: the thread that reads must not wait for ever.
+struct HangUp(UnixStream);
 
-impl<'a> Connected<'a> {
-    fn new(shared: &'a Shared, socket: Rc<UnixStream>) -> Connected<'a> {
-        shared.connected.borrow_mut().push(socket.clone());
-        if shared.closing.has_happened() {
-            hang_up(&socket);
-        }
-        Connected { shared, socket }
-    }
-}
-
-impl Drop for Connected<'_> {
+impl Drop for HangUp {
     fn drop(&mut self) {
-        // Also where this ends by a panic: the thread that reads messages must not wait for ever.
-        hang_up(&self.socket);
-        self.shared.connected.borrow_mut().retain(|other| !Rc::ptr_eq(other, &self.socket));
+        // It fails only where the socket has ended already.
+        if let Err(error) = self.0.shutdown(std::net::Shutdown::Both) {
+            tracing::debug!(%error, "the front end was gone already");
+        }
     }
 }
 

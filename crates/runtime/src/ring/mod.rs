@@ -6,7 +6,7 @@ mod spin;
 pub(crate) mod uring;
 
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
@@ -23,6 +23,19 @@ pub struct Fd {
     file: File,
     index: Option<u32>,
     retired: Option<Rc<RefCell<Vec<u32>>>>,
+    signal: Cell<Signal>,
+}
+
+/// What is under way to an eventfd: never more than one signal, whatever its owner does, for a peer that does not take
+/// its signals could have us keep any number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Signal {
+    #[default]
+    None,
+    /// The operation with this token.
+    Sent(usize),
+    /// It may have been done before what is to be told now: another follows it.
+    Again(usize),
 }
 
 enum File {
@@ -33,7 +46,8 @@ enum File {
 impl Fd {
     /// A file that exists only in a simulated kernel, under this number.
     pub fn simulated(number: i32) -> Rc<Fd> {
-        Rc::new(Fd { file: File::Simulated(number), index: None, retired: None })
+        let file = File::Simulated(number);
+        Rc::new(Fd { file, index: None, retired: None, signal: Cell::default() })
     }
 
     /// The number of a simulated file.
@@ -140,7 +154,8 @@ impl Ring {
 
     pub(crate) fn register(&self, fd: OwnedFd) -> Rc<Fd> {
         let index = self.engine.borrow_mut().register_file(fd.as_fd());
-        Rc::new(Fd { file: File::Open(fd), index, retired: Some(self.retired.clone()) })
+        let retired = Some(self.retired.clone());
+        Rc::new(Fd { file: File::Open(fd), index, retired, signal: Cell::default() })
     }
 
     pub(crate) fn now(&self) -> Instant {
@@ -160,10 +175,31 @@ impl Ring {
         Ok(RegisteredMemory { index, retired: self.retired_memory.clone() })
     }
 
-    /// Starts an operation that nobody waits for; it is not cancelled either.
-    pub(crate) fn start_alone(&self, io: Io) {
-        let token = self.submit(io, None, None);
-        self.slots.borrow_mut()[token].state = State::Abandoned;
+    /// Adds 1 to an eventfd, or sees to it that 1 is added once what is under way is done.
+    pub(crate) fn signal(&self, fd: &Rc<Fd>) {
+        let signal = match fd.signal.get() {
+            Signal::None => {
+                let token = self.submit(Io::Signal { fd: fd.clone() }, None, None);
+                self.slots.borrow_mut()[token].state = State::Abandoned;
+                Signal::Sent(token)
+            }
+            Signal::Sent(token) | Signal::Again(token) => Signal::Again(token),
+        };
+        fd.signal.set(signal);
+    }
+
+    /// Ends what is under way to an eventfd.
+    pub(crate) fn end_signal(&self, fd: &Fd) {
+        if let Signal::Sent(token) | Signal::Again(token) = fd.signal.get() {
+            fd.signal.set(Signal::Sent(token));
+            self.engine.borrow_mut().cancel(token);
+        }
+    }
+
+    fn signalled(&self, fd: &Rc<Fd>) {
+        if let Signal::Again(_) = fd.signal.replace(Signal::None) {
+            self.signal(fd);
+        }
     }
 
     fn submit(&self, io: Io, scope: Option<Rc<dyn Any>>, keep: Option<Rc<dyn Any>>) -> usize {
@@ -220,6 +256,9 @@ impl Ring {
                 let slot = slots.remove(token);
                 drop(slots);
                 close_unserved(&slot.io, result);
+                if let Io::Signal { fd } = &slot.io {
+                    self.signalled(fd);
+                }
                 drop(slot); // may answer its request: nothing of ours is borrowed here
             }
             State::Done(_) => unreachable!("one operation completed twice"),

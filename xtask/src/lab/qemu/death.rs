@@ -8,10 +8,10 @@ use crate::lab::qemu::server::{Kind, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
 use crate::model::Numbers;
-use crate::nbd_client::{Ask, Client};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use lab::agent::Answer;
 use lab::machine::Job;
+use nbd_client::{Client, Request, Style};
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -152,14 +152,14 @@ fn tail(said: &str) -> String {
 /// Both interfaces show one disk, also what each of them has just written.
 fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
     write_noise(boot, "vda", (LEN_MIB - 1) * MIB, MIB)?;
-    let mut client = Client::connect(&nbd_socket(boot.stage))?;
+    let mut client = Client::connect(&nbd_socket(boot.stage), Style::Simple)?;
     client.set_patience(Duration::from_secs(60))?;
     let copy = boot.stage.work.fresh("copy.raw")?;
     let mut file = File::create(&copy)?;
-    let len = u32::try_from(MIB)?;
     for at in (0..LEN_MIB).map(|number| number * MIB) {
-        let read = client.ask(Ask::Read { at, len })?;
-        file.write_all(&read.ok().with_context(|| format!("NBD cannot read at {at}"))?)?;
+        let read = client.ask(&Request::read(at, MIB))?;
+        let read = read.map_err(|errno| anyhow!("NBD cannot read at {at}: {errno:?}"))?;
+        file.write_all(&read.bytes)?;
     }
     drop(file);
     let (theirs, ours) = (digest_in_guest(boot, "vda", 0, LEN_MIB * MIB)?, digest(&copy)?);
@@ -169,7 +169,7 @@ fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
     let mut noise = vec![0; 1 << 20];
     let mut numbers = Numbers::new(boot.stage.arguments.seed);
     noise.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&numbers.next().to_le_bytes()));
-    let written = client.ask(Ask::Write { at: LEN_MIB * MIB, bytes: &noise, fua: false })?;
+    let written = client.ask(&Request::write(LEN_MIB * MIB, &noise))?;
     ensure!(written.is_ok(), "NBD cannot write: {written:?}");
     std::fs::write(&copy, &noise)?;
     let (theirs, ours) = (digest_in_guest(boot, "vda", LEN_MIB * MIB, MIB)?, digest(&copy)?);

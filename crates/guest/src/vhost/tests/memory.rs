@@ -126,7 +126,8 @@ fn regions_do_not_overlap() {
     let two =
         |a, b| Memory::new(vec![(a, memfd(0x1000)), (b, memfd(0x1000))], None).map(|memory| memory.count());
     assert_eq!(two(spec(0, USER), spec(0x1000, USER + 0x1000)), Ok(2));
-    for other in [spec(0, USER + MIB), spec(0xfff, USER + MIB), spec(MIB, USER), spec(MIB, USER + 0xfff)] {
+    assert_eq!(two(spec(0, USER), spec(0x1000, USER)), Ok(2), "shown twice");
+    for other in [spec(0, USER + MIB), spec(0xfff, USER + MIB)] {
         assert!(matches!(two(spec(0, USER), other), Err(MapError::Overlap { .. })), "{other:?}");
         assert!(matches!(two(other, spec(0, USER)), Err(MapError::Overlap { .. })), "{other:?}");
     }

@@ -1,8 +1,12 @@
 //! A disk in memory that answers rightly, wrongly, late or not at all: as a script says.
 
+#![allow(dead_code)] // each program of tests uses what it needs
+
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use block::{Errno, Limits, Op, OpKind, Payload, Request, Run};
@@ -50,6 +54,8 @@ struct Inner {
     log: Log,
     kept: RefCell<Vec<Kept>>,
     sessions: Cell<u64>,
+    /// Who waits for the disk to grow.
+    waiting: RefCell<Vec<Waker>>,
 }
 
 /// A request that is not answered yet.
@@ -82,13 +88,20 @@ impl Scripted {
             log,
             kept: RefCell::default(),
             sessions: Cell::new(0),
+            waiting: RefCell::default(),
         }))
+    }
+
+    /// Lets it have so many bytes, the new ones zeroes.
+    pub(crate) fn grow(&self, size: usize) {
+        self.0.bytes.borrow_mut().resize(size, 0);
+        self.0.waiting.take().into_iter().for_each(Waker::wake);
     }
 
     /// Does what storage works on and what is held.
     pub(crate) fn release(&self) {
         for kept in self.0.kept.take() {
-            perform(&self.0.bytes, kept.request);
+            self.0.perform(kept.request);
         }
     }
 }
@@ -108,7 +121,11 @@ impl Disk for Scripted {
     }
 
     fn resized(&self) -> BoxFuture<'static, ()> {
-        Box::pin(std::future::pending())
+        let (disk, size) = (self.0.clone(), self.size());
+        Box::pin(poll_fn(move |cx| {
+            disk.waiting.borrow_mut().push(cx.waker().clone());
+            if disk.bytes.borrow().len() as u64 == size { Poll::Pending } else { Poll::Ready(()) }
+        }))
     }
 }
 
@@ -124,7 +141,7 @@ impl Session for Asking {
         let act = (disk.script.borrow_mut())(nth, &seen);
         let keep = |held, request| disk.kept.borrow_mut().push(Kept { session, nth, held, request });
         match act {
-            Act::Do => perform(&disk.bytes, request),
+            Act::Do => disk.perform(request),
             Act::Fail(errno) => request.reply.send(Err(errno)),
             Act::Late(us) => {
                 keep(None, request);
@@ -132,7 +149,7 @@ impl Session for Asking {
                 disk.handle.clone().spawn(async move {
                     disk.handle.sleep(Duration::from_micros(us)).await;
                     for kept in disk.kept.borrow_mut().extract_if(.., |kept| kept.nth == nth) {
-                        perform(&disk.bytes, kept.request);
+                        disk.perform(kept.request);
                     }
                 });
             }
@@ -143,7 +160,6 @@ impl Session for Asking {
     }
 
     fn stop(&self, how: GiveUp) -> BoxFuture<'_, ()> {
-        assert_eq!(how, GiveUp::Tell, "no record of a client's requests outlives its connection");
         let ours = |kept: &Kept| kept.session == self.number;
         Box::pin(async move {
             let held: Vec<Kept> = {
@@ -151,7 +167,10 @@ impl Session for Asking {
                 kept.extract_if(.., |kept| ours(kept) && kept.held.is_some()).collect()
             };
             for Kept { held, request, .. } in held {
-                request.reply.send(Err(held.unwrap()));
+                match how {
+                    GiveUp::Tell => request.reply.send(Err(held.unwrap())),
+                    GiveUp::Leave => request.reply.leave(),
+                }
             }
             while self.disk.kept.borrow().iter().any(ours) {
                 self.disk.handle.sleep(Duration::from_millis(1)).await;
@@ -170,21 +189,33 @@ fn describe(op: &Op) -> Seen {
     Seen { kind: op.kind(), at: span.at(), len: span.len(), flags }
 }
 
-fn perform(bytes: &RefCell<Vec<u8>>, request: Request) {
-    let mut bytes = bytes.borrow_mut();
-    let span = request.op.span().unwrap();
-    assert!(span.is_within(bytes.len() as u64), "the server checks what lies beyond the end");
-    let range = span.at() as usize..span.end() as usize;
-    let mut payload = Payload::None;
-    match &request.op {
-        Op::Read { buf, .. } => buf.put(0, &bytes[range]),
-        Op::Write { buf, .. } => buf.get(0, &mut bytes[range]),
-        Op::WriteZeroes { .. } | Op::Discard { .. } => bytes[range].fill(0),
-        Op::Status { .. } => payload = Payload::Runs(runs(&bytes[range])),
-        Op::Flush | Op::Prefetch { .. } => {}
+impl Inner {
+    fn perform(&self, request: Request) {
+        let mut bytes = self.bytes.borrow_mut();
+        let span = request.op.span().unwrap();
+        assert!(span.is_within(bytes.len() as u64), "the server checks what lies beyond the end");
+        let range = span.at() as usize..span.end() as usize;
+        let refuses = self.limits.read_only;
+        let result = match &request.op {
+            Op::Write { .. } | Op::WriteZeroes { .. } | Op::Discard { .. } if refuses => Err(Errno::EROFS),
+            Op::Read { buf, .. } => {
+                buf.put(0, &bytes[range]);
+                Ok(Payload::None)
+            }
+            Op::Write { buf, .. } => {
+                buf.get(0, &mut bytes[range]);
+                Ok(Payload::None)
+            }
+            Op::WriteZeroes { .. } | Op::Discard { .. } => {
+                bytes[range].fill(0);
+                Ok(Payload::None)
+            }
+            Op::Status { .. } => Ok(Payload::Runs(runs(&bytes[range]))),
+            Op::Flush | Op::Prefetch { .. } => Ok(Payload::None),
+        };
+        drop(bytes);
+        request.reply.send(result);
     }
-    drop(bytes);
-    request.reply.send(Ok(payload));
 }
 
 /// Zeroes are holes, piece by piece of 512 bytes.

@@ -1,0 +1,9 @@
+//! The same questions put to every interface: NBD in its three styles, and a virtio disk in its ways.
+
+#[path = "../common/disk.rs"]
+mod disk;
+#[path = "../common/serve.rs"]
+mod serve;
+
+mod asker;
+mod questions;
