@@ -34,9 +34,23 @@ pub(crate) fn sweep(folder: &Path) -> Result<()> {
         let path = entry?.path();
         let keep = path.file_name().is_some_and(|name| name == "lock");
         if !keep {
+            remove_elsewhere(&path)?;
             if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }
                 .with_context(|| format!("remove {}", path.display()))?;
         }
+    }
+    Ok(())
+}
+
+/// What folders for sockets are called: they lie where paths are short, and a link in the lab's folder leads to each.
+pub(crate) const SOCKETS: &str = "tapdisk-lab-";
+
+/// Removes the folder for sockets that this link leads to, if it is one.
+fn remove_elsewhere(link: &Path) -> Result<()> {
+    let Ok(elsewhere) = fs::read_link(link) else { return Ok(()) };
+    let is_ours = elsewhere.file_name().is_some_and(|name| name.to_string_lossy().starts_with(SOCKETS));
+    if is_ours && elsewhere.is_dir() {
+        fs::remove_dir_all(&elsewhere).with_context(|| format!("remove {}", elsewhere.display()))?;
     }
     Ok(())
 }
@@ -155,6 +169,21 @@ mod tests {
     fn a_living_process_has_a_time_of_birth() {
         let born = born(std::process::id()).expect("we live");
         assert!(born.parse::<u64>().is_ok());
+    }
+
+    #[test]
+    fn a_folder_for_sockets_goes_with_its_link() {
+        let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for name in [SOCKETS, "another"] {
+            let folder = there.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join("socket"), "").unwrap();
+            std::os::unix::fs::symlink(folder, here.path().join(name)).unwrap();
+        }
+        sweep(here.path()).unwrap();
+        assert_eq!(fs::read_dir(here.path()).unwrap().count(), 0);
+        assert!(!there.path().join(SOCKETS).exists());
+        assert!(there.path().join("another/socket").exists());
     }
 
     #[test]

@@ -124,7 +124,7 @@ fn restarted(boot: &mut Boot<'_>) -> Result<()> {
     under_load(boot, strike, RESTARTS)
 }
 
-/// Waits until the guest has written more than now.
+/// Waits until the guest has written more than now. Its kernel must have nothing to complain of meanwhile.
 fn wait_for_progress(boot: &mut Boot<'_>, job: &Job) -> Result<()> {
     let mut first = None;
     until(Duration::from_secs(180), "the guest writes", || {
@@ -132,6 +132,7 @@ fn wait_for_progress(boot: &mut Boot<'_>, job: &Job) -> Result<()> {
         if let Some(end) = job.ended(machine)? {
             bail!("the verifier has ended: status {}\n{}", end.status, tail(&end.said));
         }
+        guest_log::require_no_fault(&guest_log::take(machine)?)?;
         let Some(writes) = writes(&job.last_line(machine)?) else { return Ok(false) };
         Ok(writes >= *first.get_or_insert(writes) + PROGRESS)
     })

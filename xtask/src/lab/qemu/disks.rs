@@ -1,11 +1,12 @@
 //! One guest with a disk of each kind; what a guest does with a disk in its ordinary life.
 
 use crate::command::{command, output};
+use crate::lab::ground::Ground;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::server::{Kind, Plan};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
-use crate::lab::qemu::{faults, growth, guest_log, trim};
+use crate::lab::qemu::{durable, faults, growth, guest_log, trim};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -29,6 +30,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: faults::writes,
         peer: false,
     },
+    Scenario {
+        name: "durable: a power cut of the host, with the guest's write cache on and off",
+        run: durable::run,
+        peer: false,
+    },
     Scenario { name: "root: the guest lives on our disk, and survives a power cut", run: root, peer: true },
     Scenario { name: "growth: a disk grows while the guest runs", run: growth::run, peer: false },
 ];
@@ -44,6 +50,13 @@ pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
     if stage.arguments.server == Kind::Tapdisk {
         faulty = faulty.with(&faults::arguments());
     }
+    let ground = Ground::with_free(work, "host", 64 * MIB)?;
+    let durable = ground.path(durable::IMAGE);
+    File::create(&durable)?.set_len(32 * MIB)?;
+    let mut durable = Plan::new("durable", durable);
+    if stage.arguments.server == Kind::Tapdisk {
+        durable = durable.with(&["--cache", "buffered"]);
+    }
     let disks = vec![
         Plan::new("root", root),
         Plan { queues: 2, ..Plan::new("plain", work.sparse("plain.raw", 256 * MIB)?) },
@@ -51,8 +64,9 @@ pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
         Plan { block_size: 4096, ..Plan::new("large-blocks", work.sparse("large-blocks.raw", 128 * MIB)?) },
         faulty,
         Plan::new("growing", work.sparse("growing.raw", growth::BEFORE)?),
+        durable,
     ];
-    Boot::new(stage, "disks", Settings { linux, cpus: 2, words: "lab.root=/dev/vda" }, Vec::new(), disks)
+    Boot::new(stage, "disks", Settings { linux, cpus: 2, words: "lab.root=/dev/vda" }, vec![ground], disks)
 }
 
 /// Bytes that nobody expects by chance.

@@ -5,6 +5,7 @@
 mod boot;
 mod death;
 mod disks;
+mod durable;
 mod faults;
 mod full;
 mod growth;

@@ -2,12 +2,14 @@
 
 use crate::command::target;
 use crate::lab::qemu::{Linux, Qemu};
+use crate::sweep;
 use crate::work::Work;
 use anyhow::{Context, Result};
 use lab::initramfs::{PACKAGES, Root};
 use lab::kernel::Kernel;
 use lab::packages::{Packages, Suite, Tree};
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -49,8 +51,9 @@ impl Stage {
             fs::remove_dir_all(&logs).with_context(|| format!("remove {}", logs.display()))?;
         }
         // A socket's path has 107 bytes at most, and the target folder's may be longer than that.
-        let sockets =
-            tempfile::Builder::new().prefix("tapdisk-lab-").tempdir().context("make a folder for sockets")?;
+        let sockets = tempfile::Builder::new().prefix(sweep::SOCKETS).tempdir();
+        let sockets = sockets.context("make a folder for sockets")?;
+        symlink(sockets.path(), work.folder().join("sockets"))?;
         println!("     logs are kept in {}", logs.display());
         Ok(Stage { arguments: arguments.clone(), tools, kernels, root, work, sockets, logs })
     }
