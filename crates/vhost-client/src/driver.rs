@@ -37,12 +37,14 @@ pub struct Wish {
     pub region_len: u64,
     /// Whether regions are told one by one (`ADD_MEM_REG`) and not in a table (`SET_MEM_TABLE`).
     pub slots: bool,
+    /// Whether the configuration is read first, as monitors do when they start; never again after that.
+    pub reads_config: bool,
     /// How long anything may take.
     pub patience: Duration,
 }
 
 impl Default for Wish {
-    /// One queue of 128, one region of 16 MiB, what Linux takes, no record, a minute.
+    /// One queue of 128, one region of 16 MiB, what Linux takes, no record, the configuration is read, a minute.
     fn default() -> Wish {
         Wish {
             queues: 1,
@@ -52,6 +54,7 @@ impl Default for Wish {
             regions: 1,
             region_len: 16 << 20,
             slots: true,
+            reads_config: true,
             patience: Duration::from_secs(60),
         }
     }
@@ -120,6 +123,9 @@ impl Driver {
     /// Connects and sets up everything.
     pub fn connect(socket: &Path, wish: &Wish) -> Result<Driver> {
         let mut link = Link::connect(socket, wish.queues, wish.features, wish.patience)?;
+        if wish.reads_config {
+            link.config()?;
+        }
         let mut regions = Vec::new();
         for number in 0..wish.regions {
             let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)?;
