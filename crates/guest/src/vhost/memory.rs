@@ -119,7 +119,7 @@ impl Mapping {
         if let Err(errno) = advised {
             tracing::debug!(%errno, "guest memory would be in a core dump");
         }
-        mapping.watched = Some(Watched::new(base.addr(), mapped, page)?);
+        mapping.watched = Some(Watched::new(base.addr(), mapped)?);
         Ok(Rc::new(mapping))
     }
 

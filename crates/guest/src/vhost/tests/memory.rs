@@ -203,7 +203,7 @@ fn a_file_that_is_cut_short_does_no_harm() {
     assert!(memory.is_whole(), "nobody has looked yet");
     assert_eq!(second.to_vec(), [0; 0x1000], "zeroes, and no SIGBUS");
     assert!(!memory.is_whole() && words.is_broken() && fault::count() > 0);
-    assert_eq!(first.to_vec(), [7; 0x1000], "what is left of the file is there");
+    assert_eq!(first.to_vec(), [0; 0x1000], "nor is anything else of it believed");
     assert_eq!(memory.buf(0, 1).err(), Some(Outside::Gone { at: 0 }));
     assert_eq!(memory.byte(0).err(), Some(Outside::Gone { at: 0 }));
     assert_eq!(memory.words(USER, 8).err(), Some(Outside::Gone { at: USER }));
@@ -212,6 +212,61 @@ fn a_file_that_is_cut_short_does_no_harm() {
     // Others are not touched.
     assert!(memory.buf(0x4000, 0x4000).is_ok());
     assert!(ram.memory_of(1).is_whole());
+}
+
+/// How many mappings of the process these bytes are in.
+fn mappings_of(buf: &Buf) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let (start, len) = (buf.segments()[0].ptr().addr(), buf.len());
+    let is_in = |line: &&str| {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let number = |hex| usize::from_str_radix(hex, 16).unwrap();
+        number(from) < start + len && start < number(to)
+    };
+    maps.lines().filter(is_in).count()
+}
+
+#[test]
+fn a_file_that_is_cut_short_stays_one_mapping() {
+    // The process may have 65530 of them (vm.max_map_count).
+    let ram = Ram::new(&[(0, 0x20000)]);
+    let memory = ram.memory();
+    let whole = memory.buf(0, 0x20000).unwrap();
+    assert_eq!(mappings_of(&whole), 1);
+    let pages: Vec<Buf> = (0..16).map(|nth| memory.buf(0x2000 * nth, 0x1000).unwrap()).collect();
+    ram.file(0).set_len(0).unwrap();
+    for page in &pages {
+        page.put(0, &[1]);
+    }
+    assert_eq!(mappings_of(&whole), 1);
+    drop((memory, whole));
+    assert_eq!(pages[7].to_vec()[..2], [1, 0], "still there");
+}
+
+#[test]
+fn a_broken_mapping_is_forgotten_when_it_goes() {
+    // Elsewhere, since other tests break mappings too.
+    if is_child() {
+        let rams = [Ram::new(&[(0, 0x2000)]), Ram::new(&[(0, 0x2000)])];
+        let memories = rams.each_ref().map(Ram::memory);
+        assert_eq!(fault::count(), 0);
+        for (ram, memory) in rams.iter().zip(&memories) {
+            ram.file(0).set_len(0).unwrap();
+            for at in [0, 0x1000] {
+                let _: Result<(), Outside> = memory.read(at, &mut [0]);
+            }
+        }
+        assert_eq!(fault::count(), 2);
+        let [first, second] = memories;
+        drop(first);
+        assert!(fault::count() == 1 && !second.is_whole());
+        drop(second);
+        assert_eq!(fault::count(), 0);
+        assert!(Ram::new(&[(0, 0x2000)]).memory().is_whole(), "in the place of a broken one");
+        return;
+    }
+    let status = in_child("a_broken_mapping_is_forgotten_when_it_goes");
+    assert!(status.success(), "{status}");
 }
 
 #[test]
