@@ -224,7 +224,8 @@ impl Device {
         if regions.len() > MEMORY_REGIONS_MAX {
             return Err(Violation::Regions(regions.len()));
         }
-        self.use_memory(Memory::new(regions, self.registrar())?);
+        let memory = self.common.memory().replaced_by(regions, self.registrar())?;
+        self.use_memory(memory);
         Ok(())
     }
 

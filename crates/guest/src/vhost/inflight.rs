@@ -9,6 +9,7 @@
 //! carry: whether the guest has turned the write cache off.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use block::Errno;
@@ -129,7 +130,8 @@ impl Inflight {
         let has_page = len >= (page + PAGE_LEN) as u64;
         // No more than is used, whatever length is told.
         let used = if has_page { page + PAGE_LEN } else { needed };
-        let mapping = Mapping::new(fd, offset, used as u64)?;
+        // Its length is bounded by the rings, and a device has one at a time: it counts by itself.
+        let mapping = Mapping::new(fd, offset, used as u64, &Rc::default())?;
         let words = mapping.words(0, used).expect("all of the mapping");
         if !words.is_aligned(8) {
             return Err(InflightError::Misaligned(offset));
