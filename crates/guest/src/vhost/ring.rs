@@ -200,8 +200,19 @@ pub(crate) struct Ring {
     staged: u16,
     /// The used index when the driver's wish to be signalled was last looked at.
     signalled: Option<u16>,
-    /// Whether the driver was asked to kick.
-    armed: bool,
+    /// What the driver was told of kicks.
+    kicks: Kicks,
+}
+
+/// What a driver was told of kicks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kicks {
+    /// Whatever a predecessor has told it, or it finds in other memory.
+    Unknown,
+    /// They are not needed.
+    Silenced,
+    /// They are needed from this index in the available ring on.
+    Asked(u16),
 }
 
 impl Ring {
@@ -225,8 +236,7 @@ impl Ring {
             used,
             staged: 0,
             signalled: None,
-            // As if: so that the first look silences whatever a predecessor has left.
-            armed: true,
+            kicks: Kicks::Unknown,
         };
         Ok(ring)
     }
@@ -234,6 +244,7 @@ impl Ring {
     /// The front end has changed its memory: finds the ring's words there.
     pub(crate) fn move_to(&mut self, memory: &Memory, addresses: Addresses) -> Result<(), RingError> {
         self.parts = Parts::find(memory, addresses, self.size, self.ways)?;
+        self.kicks = Kicks::Unknown;
         Ok(())
     }
 
@@ -266,12 +277,17 @@ impl Ring {
 
     /// Asks the driver for kicks, and looks once more.
     pub(crate) fn arm(&mut self) -> bool {
+        let asked = Kicks::Asked(self.next);
+        if self.kicks == asked {
+            // It has seen that, or we would have seen what it made available before.
+            return self.has_news();
+        }
         if self.ways.event_idx {
             self.parts.used.put_u16(self.avail_event_at(), self.next, Relaxed);
-        } else if !self.armed {
+        } else {
             self.parts.used.put_u16(FLAGS_AT, 0, Relaxed);
         }
-        self.armed = true;
+        self.kicks = asked;
         // What the driver makes available before it sees that it is to kick, must be seen here (2.7.10: it looks at
         // our wish after a barrier of its own).
         fence(std::sync::atomic::Ordering::SeqCst);
@@ -281,7 +297,8 @@ impl Ring {
     /// The driver need not kick while we look by ourselves.
     fn silence(&mut self) {
         // An event index is left where it is: far behind, where the driver does not come by soon.
-        if std::mem::take(&mut self.armed) && !self.ways.event_idx {
+        if !self.ways.event_idx && self.kicks != Kicks::Silenced {
+            self.kicks = Kicks::Silenced;
             self.parts.used.put_u16(FLAGS_AT, NO_NOTIFY, Relaxed);
         }
     }

@@ -203,6 +203,38 @@ fn without_event_indices_kicks_are_silenced_while_we_look() {
 }
 
 #[test]
+fn a_wish_for_no_kicks_that_a_predecessor_left_is_taken_back() {
+    let mut desk = Desk::new();
+    desk.ram.put16(desk.driver.used, 1);
+    assert!(!desk.queue.arm(), "the ring is empty");
+    assert_eq!(desk.driver.used_flags(), 0);
+}
+
+#[test]
+fn a_wish_for_kicks_is_written_once_for_each_index() {
+    for event_idx in [false, true] {
+        let mut desk = Desk::with(Ways { event_idx, ..WAYS }, 16, 0, None);
+        let at = if event_idx { desk.driver.used + 4 + 8 * 16 } else { desk.driver.used };
+        assert!(!desk.queue.arm());
+        desk.ram.put16(at, 0xabc);
+        assert!(!desk.queue.arm());
+        assert_eq!(desk.ram.u16(at), 0xabc, "a line of memory that the driver keeps");
+        let head = desk.driver.indirect(TABLE, &READ);
+        desk.driver.offer(head);
+        assert!(desk.queue.arm(), "there is news without a word to the driver too");
+        assert_eq!(desk.ram.u16(at), 0xabc);
+        assert_eq!(desk.take_request().0, head);
+        assert!(!desk.queue.arm());
+        assert_eq!(desk.ram.u16(at), if event_idx { 1 } else { 0 });
+        // In other memory, nobody knows what is there.
+        desk.ram.put16(at, 0xabc);
+        desk.queue.move_to(&desk.memory, desk.driver.addresses()).unwrap();
+        assert!(!desk.queue.arm());
+        assert_eq!(desk.ram.u16(at), if event_idx { 1 } else { 0 });
+    }
+}
+
+#[test]
 fn with_event_indices_the_next_index_is_asked_for() {
     let mut desk = Desk::with(Ways { event_idx: true, ..WAYS }, 16, 65534, None);
     assert!(!desk.queue.arm());
