@@ -56,7 +56,7 @@ pub(crate) enum Violation {
     NoRegion(RegionSpec),
     #[error("ring {index}: there are {queues}")]
     NoRing { index: u32, queues: u16 },
-    #[error("ring {index} of {len}: a power of two is expected, {} at most", ring::SIZE_MAX)]
+    #[error("ring {index} of {len}: a power of two is expected, {} at most, as in QEMU", ring::SIZE_MAX)]
     RingLen { index: u32, len: u32 },
     #[error("ring {index} from base {base}: a number below 65536 is expected")]
     RingBase { index: u32, base: u32 },
@@ -275,7 +275,7 @@ impl Device {
 
     /// SET_VRING_NUM.
     pub(crate) fn set_ring_size(&self, index: u32, len: u32) -> Result<(), Violation> {
-        let size = u16::try_from(len).ok().filter(|size| size.is_power_of_two());
+        let size = u16::try_from(len).ok().filter(|size| size.is_power_of_two() && *size <= ring::SIZE_MAX);
         let size = size.ok_or(Violation::RingLen { index, len })?;
         self.stopped_ring(index)?.borrow_mut().size = Some(size);
         self.start(index as u16);

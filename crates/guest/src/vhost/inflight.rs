@@ -49,7 +49,10 @@ pub(crate) enum InflightError {
     TooShort { len: u64, queues: u16, queue_len: u16, needed: u64 },
     #[error("an in-flight region at byte {0} of its file: a multiple of 8 is needed")]
     Misaligned(u64),
-    #[error("an in-flight region for {queues} rings of {queue_len}: from 1 ring, and of 1 to 32768")]
+    #[error(
+        "an in-flight region for {queues} rings of {queue_len}: from 1 ring, and of 1 to {}",
+        super::ring::SIZE_MAX
+    )]
     Shape { queues: u16, queue_len: u16 },
     #[error("the in-flight region is for {queues} rings of {queue_len}, and this is ring {index} of {size}")]
     NotForRing { index: u16, size: u16, queues: u16, queue_len: u16 },

@@ -8,8 +8,11 @@ use std::sync::atomic::fence;
 use super::inflight::InflightError;
 use super::memory::{Memory, Outside, Words};
 
-/// The longest ring (2.7: "Queue Size ... is always a power of 2. The maximum Queue Size value is 32768").
-pub(crate) const SIZE_MAX: u16 = 1 << 15;
+/// The longest ring: QEMU's longest (VIRTQUEUE_MAX_SIZE). Virtio would allow 32768 (2.7), and each descriptor of
+/// those could be a request with a thousand pieces that we keep.
+pub(crate) const SIZE_MAX: u16 = 1024;
+/// Pieces of one request, in the ring and in a table together. One that keeps to our limits has 128.
+const PIECES_MAX: usize = 1024;
 /// The longest table of indirect descriptors. A request that keeps to our limits has 128; others accept as many.
 const TABLE_MAX: usize = 1024;
 const DESCRIPTOR_LEN: usize = 16;
@@ -48,6 +51,8 @@ pub(crate) enum RingError {
     NotLast,
     #[error("a table of {0} bytes: from 1 to 1024 descriptors of 16 bytes are expected")]
     Table(u32),
+    #[error("a request of more than {PIECES_MAX} pieces")]
+    Pieces,
     #[error("a descriptor to read from behind one to write to")]
     Order,
     #[error("a request whose header has {0} bytes: 16 are expected")]
@@ -114,6 +119,11 @@ impl Chain {
         &self.pieces[self.readable..]
     }
 
+    /// How many pieces.
+    pub(crate) fn len(&self) -> usize {
+        self.pieces.len()
+    }
+
     fn clear(&mut self) {
         self.pieces.clear();
         self.readable = 0;
@@ -127,6 +137,9 @@ impl Chain {
                 return Err(RingError::Order);
             }
             self.readable += 1;
+        }
+        if self.pieces.len() >= PIECES_MAX {
+            return Err(RingError::Pieces);
         }
         self.pieces.push(Piece { at: descriptor.at, len: descriptor.len });
         Ok(())

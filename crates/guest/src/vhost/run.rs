@@ -16,8 +16,10 @@ use super::queue::{Queue, Taken};
 use super::ring::{Addresses, RingError};
 use crate::{GiveUp, Session};
 
-/// Requests that a ring may have taken before others get their turn.
+/// Requests that a ring may have taken before others get their turn, and pieces of requests: what a request costs is
+/// in its pieces too.
 const TURN: usize = 64;
+const TURN_PIECES: usize = 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -147,7 +149,11 @@ impl Run {
     /// Takes what is available, up to a limit; true if there may be more.
     fn take_turn(self: &Rc<Self>) -> bool {
         let (memory, terms) = (self.common.memory(), self.common.terms());
+        let mut pieces = 0;
         for _ in 0..TURN {
+            if pieces >= TURN_PIECES {
+                break;
+            }
             if self.state.get() != State::Running || !self.enabled.get() {
                 return false;
             }
@@ -162,6 +168,7 @@ impl Run {
                     return false;
                 }
             }
+            pieces += self.queue.borrow().pieces();
         }
         true
     }

@@ -464,6 +464,38 @@ fn what_is_held_stays_in_the_in_flight_region_for_a_successor() {
 }
 
 #[test]
+fn a_turn_is_shorter_where_requests_are_long() {
+    run(|handle| async move {
+        let mut vmm = Vmm::new(&handle, VERSION_1 | INDIRECT_DESC);
+        vmm.driver = Driver::new(&vmm.ram, RING, 64, 0);
+        // One table for all: a header, 126 pieces of a sector, a status.
+        vmm.ram.write(HEADER, &header(0, 0));
+        let data = [(DATA, 512, true); 126];
+        let parts = [&[(HEADER, 16, false)][..], &data, &[(STATUS, 1, true)]].concat();
+        for _ in 0..64 {
+            let head = vmm.driver.indirect(DATA + 0x10000, &parts);
+            vmm.driver.offer(head);
+        }
+        vmm.disk.waits.set(true);
+        vmm.start(0);
+        let mut turns = Vec::new();
+        let mut before = 0;
+        while before < 64 {
+            handle.yield_now().await;
+            let taken = vmm.disk.asked.borrow().len();
+            turns.push(taken - before);
+            before = taken;
+        }
+        // 1024 pieces are eight of these.
+        assert_eq!(turns.iter().max(), Some(&8), "{turns:?}");
+        vmm.disk.waits.set(false);
+        while vmm.disk.step() {}
+        assert_eq!(vmm.used(64).await.len(), 64);
+        vmm.device.stop().await;
+    });
+}
+
+#[test]
 fn memory_may_be_replaced_while_requests_are_out() {
     run(|handle| async move {
         let mut vmm = Vmm::new(&handle, VERSION_1);
@@ -733,10 +765,10 @@ fn what_a_front_end_may_not_do_is_refused() {
             assert!(matches!(device.set_features(1 << bit), Err(Violation::Features { .. })));
         }
         device.set_features(device.features()).unwrap();
-        for len in [0, 3, 5, 65535, 65536, u32::MAX] {
+        for len in [0, 3, 5, 2048, 32768, 65535, 65536, u32::MAX] {
             assert!(matches!(device.set_ring_size(0, len), Err(Violation::RingLen { .. })), "{len}");
         }
-        device.set_ring_size(0, 32768).unwrap();
+        device.set_ring_size(0, 1024).unwrap();
         for index in [2, 255, 65536, u32::MAX] {
             assert!(matches!(device.set_ring_size(index, 16), Err(Violation::NoRing { .. })));
             assert!(matches!(device.set_ring_base(index, 0), Err(Violation::NoRing { .. })));
@@ -753,7 +785,7 @@ fn what_a_front_end_may_not_do_is_refused() {
             Err(Violation::InflightQueues { found: 3, queues: 2 })
         ));
         assert!(matches!(device.make_inflight(0, 16), Err(Violation::Inflight(_))));
-        assert!(matches!(device.make_inflight(1, 32769), Err(Violation::Inflight(_))));
+        assert!(matches!(device.make_inflight(1, 1025), Err(Violation::Inflight(_))));
         let (spec, fd) = vmm.ram.regions().remove(0);
         assert!(matches!(device.add_memory(spec, fd), Err(Violation::Map(_))), "it overlaps");
         let many = |count: usize| (0..count).map(|_| vmm.ram.regions().remove(0)).collect();

@@ -85,6 +85,34 @@ fn a_chain_may_be_as_long_as_the_ring() {
     assert!(matches!(desk.offer(head), Ok(Outcome::Asked(_))));
 }
 
+#[test]
+fn a_request_has_so_many_pieces_and_no_more() {
+    for (in_ring, in_table, is_good) in [(1, 1024, false), (1, 1023, true), (1023, 1, true), (1022, 3, false)]
+    {
+        let mut desk = Desk::with(WAYS, 1024, 0, None);
+        // The ring takes more room than in other tests.
+        let (head_at, table) = (0x20000, 0x28000);
+        desk.ram.write(head_at, &header(0, 0));
+        for index in 0..in_ring {
+            desk.driver.put_descriptor(index, head_at, if index == 0 { 16 } else { 0 }, NEXT, index + 1);
+        }
+        desk.driver.put_descriptor(in_ring, table, 16 * in_table, INDIRECT, 0);
+        let mut bytes = Vec::new();
+        for next in 1..in_table as u16 {
+            bytes.extend(descriptor(DATA, 0, NEXT | WRITE, next));
+        }
+        bytes.extend(descriptor(STATUS, 1, WRITE, 0));
+        desk.ram.write(table, &bytes);
+        desk.driver.offer(0);
+        match desk.take() {
+            Ok(_) => assert!(is_good, "{in_ring} and {in_table}"),
+            Err(error) => {
+                assert!(!is_good && error == RingError::Pieces, "{in_ring} and {in_table}: {error}")
+            }
+        }
+    }
+}
+
 /// What a ring says to this, where descriptors 0 to 2 hold a good request that is offered next.
 fn error(spoil: impl FnOnce(&mut Desk)) -> RingError {
     let mut desk = Desk::new();
