@@ -14,7 +14,7 @@ use super::inflight::{Inflight, InflightError};
 use super::memory::{MapError, Memory, RegionSpec};
 use super::queue::Queue;
 use super::request::{ID_LEN, Terms};
-use super::ring::{self, Addresses, Ring, Ways};
+use super::ring::{self, Addresses, Ring, RingError, Ways};
 use super::run::{Bells, Failure, Run};
 use crate::complaints::Complaints;
 use crate::{Disk, Session};
@@ -72,6 +72,15 @@ pub(crate) enum Violation {
     InflightQueues { found: u16, queues: u16 },
 }
 
+/// How a front end changes its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// All of it at once: what is not there now is gone.
+    Table,
+    /// A region at a time: what is gone may come back with the next one.
+    Region,
+}
+
 /// What all rings of a device have in common.
 pub(crate) struct Common {
     pub(crate) handle: Handle,
@@ -111,6 +120,20 @@ impl Common {
         let durable = features & feature::FLUSH == 0 || !self.wce.get();
         let (capacity, block) = (shape.capacity(), shape.block);
         Terms { capacity, block, read_only: shape.limits.read_only, features, durable, id: self.id }
+    }
+
+    /// Tells of a ring that waits for its memory, unless a front end made us tell too much lately.
+    pub(crate) fn miss(&self, ring: u16, error: &RingError) {
+        if let Some(kept_back) = self.complaints.admit(self.handle.now()) {
+            let disk = &*self.settings.name;
+            tracing::warn!(
+                disk,
+                ring,
+                %error,
+                kept_back,
+                "a guest's ring waits for the memory that it lies in, which the VMM has taken away"
+            );
+        }
     }
 
     /// Tells of a ring that cannot go on, unless a hostile guest made us tell too much lately.
@@ -225,7 +248,7 @@ impl Device {
             return Err(Violation::Regions(regions.len()));
         }
         let memory = self.common.memory().replaced_by(regions, self.registrar())?;
-        self.use_memory(memory);
+        self.use_memory(memory, Change::Table);
         Ok(())
     }
 
@@ -235,14 +258,15 @@ impl Device {
         if memory.count() >= MEMORY_REGIONS_MAX {
             return Err(Violation::Regions(memory.count() + 1));
         }
-        self.use_memory(memory.with(spec, fd.as_fd(), self.registrar())?);
+        self.use_memory(memory.with(spec, fd.as_fd(), self.registrar())?, Change::Region);
         Ok(())
     }
 
-    /// REM_MEM_REG.
+    /// REM_MEM_REG. A ring that lies there waits until it is added again: this is how QEMU cuts memory into other
+    /// regions while rings run.
     pub(crate) fn remove_memory(&self, spec: RegionSpec) -> Result<(), Violation> {
         let memory = self.common.memory().without(spec).ok_or(Violation::NoRegion(spec))?;
-        self.use_memory(memory);
+        self.use_memory(memory, Change::Region);
         Ok(())
     }
 
@@ -251,12 +275,12 @@ impl Device {
         self.common.settings.pin_memory.then_some(&self.common.handle)
     }
 
-    fn use_memory(&self, memory: Memory) {
+    fn use_memory(&self, memory: Memory, change: Change) {
         let memory = Rc::new(memory);
         *self.common.memory.borrow_mut() = memory.clone();
         for index in 0..self.common.settings.queues {
             if let Some(run) = &self.rings[usize::from(index)].borrow().run {
-                run.move_to(&memory);
+                run.move_to(&memory, change);
             }
             // A ring may have waited for nothing but its memory.
             self.start(index);
@@ -490,7 +514,7 @@ impl Device {
         let ring = Ring::new(&self.common.memory(), addresses, size, ways)?;
         let inflight = self.inflight.borrow().clone();
         let marks = inflight.map(|inflight| inflight.marks(index, size)).transpose();
-        Ok(Queue::new(ring, marks.map_err(ring::RingError::from)?, base)?)
+        Ok(Queue::new(ring, marks.map_err(RingError::from)?, base)?)
     }
 }
 

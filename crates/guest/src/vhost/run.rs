@@ -10,8 +10,8 @@ use block::{Answer, Errno, Op, Payload, Reply, Request, Ticket};
 use runtime::{Completion, Fd, Handle, Source, Watch};
 
 use super::bell;
-use super::device::Common;
-use super::memory::Memory;
+use super::device::{Change, Common};
+use super::memory::{Memory, Outside};
 use super::queue::{Queue, Taken};
 use super::ring::{Addresses, RingError};
 use crate::{GiveUp, Session};
@@ -51,6 +51,9 @@ pub(crate) struct Run {
     queue: RefCell<Queue>,
     state: Cell<State>,
     enabled: Cell<bool>,
+    /// The memory that it lies in was taken away and may come back: nothing is taken until then. Answers go into the
+    /// old memory, which is the same to the guest.
+    adrift: Cell<bool>,
     /// Somebody has news for the task.
     woken: Cell<bool>,
     task: RefCell<Option<Waker>>,
@@ -89,6 +92,7 @@ impl Run {
             queue: RefCell::new(queue),
             state: Cell::new(State::Running),
             enabled: Cell::new(enabled),
+            adrift: Cell::new(false),
             woken: Cell::new(true),
             task: RefCell::default(),
             kick: RefCell::new(bells.kick),
@@ -146,6 +150,11 @@ impl Run {
         }
     }
 
+    /// Whether requests are to be taken.
+    fn is_taking(&self) -> bool {
+        self.state.get() == State::Running && self.enabled.get() && !self.adrift.get()
+    }
+
     /// Takes what is available, up to a limit; true if there may be more.
     fn take_turn(self: &Rc<Self>) -> bool {
         let (memory, terms) = (self.common.memory(), self.common.terms());
@@ -154,7 +163,7 @@ impl Run {
             if pieces >= TURN_PIECES {
                 break;
             }
-            if self.state.get() != State::Running || !self.enabled.get() {
+            if !self.is_taking() {
                 return false;
             }
             let taken = self.queue.borrow_mut().take(&memory, &terms);
@@ -198,10 +207,20 @@ impl Run {
     }
 
     /// The front end has changed its memory.
-    pub(crate) fn move_to(&self, memory: &Memory) {
+    pub(crate) fn move_to(&self, memory: &Memory, change: Change) {
         let moved = self.queue.borrow_mut().move_to(memory, self.addresses);
-        if let Err(error) = moved {
-            self.fail(&error.into());
+        match (moved, change) {
+            (Ok(()), _) => {
+                if self.adrift.replace(false) {
+                    self.wake();
+                }
+            }
+            (Err(error @ RingError::Outside { outside: Outside::Hole { .. }, .. }), Change::Region) => {
+                if !self.adrift.replace(true) {
+                    self.common.miss(self.index, &error);
+                }
+            }
+            (Err(error), _) => self.fail(&error.into()),
         }
     }
 
@@ -288,8 +307,7 @@ impl Source for Run {
     }
 
     fn look(&self) -> bool {
-        let has_news =
-            self.state.get() == State::Running && self.enabled.get() && self.queue.borrow().has_news();
+        let has_news = self.is_taking() && self.queue.borrow().has_news();
         if has_news {
             self.wake();
         }
@@ -297,8 +315,7 @@ impl Source for Run {
     }
 
     fn arm(&self) -> bool {
-        let has_news =
-            self.state.get() == State::Running && self.enabled.get() && self.queue.borrow_mut().arm();
+        let has_news = self.is_taking() && self.queue.borrow_mut().arm();
         if has_news {
             self.wake();
         }

@@ -10,6 +10,7 @@ use runtime::{Handle, RingFlags, Runtime, Uring};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::super::device::{Device, Settings, Violation};
+use super::super::memory::RegionSpec;
 use super::disk::{Handed, ModelDisk};
 use super::driver::{Driver, header};
 use super::ram::Ram;
@@ -522,9 +523,46 @@ fn memory_may_be_replaced_while_requests_are_out() {
         assert_eq!(rings(&vmm.err), 0);
         // A ring whose memory goes away stops.
         let (spec, _) = vmm.ram.regions().remove(0);
-        vmm.device.remove_memory(spec).unwrap();
+        vmm.device.set_memory(Vec::new()).unwrap();
         vmm.until(|vmm| rings(&vmm.err) == 1).await;
         assert!(matches!(vmm.device.remove_memory(spec), Err(Violation::NoRegion(_))));
+        vmm.device.stop().await;
+    });
+}
+
+#[test]
+fn a_ring_waits_for_its_memory_while_that_is_cut_into_other_regions() {
+    run(|handle| async move {
+        let mut vmm = Vmm::new(&handle, VERSION_1);
+        vmm.start(0);
+        vmm.disk.waits.set(true);
+        let early = vmm.offer(0, 0, 0, 512);
+        vmm.kick();
+        vmm.waiting(1).await;
+        let (spec, _) = vmm.ram.regions().remove(0);
+        vmm.device.remove_memory(spec).unwrap();
+        // What was taken is answered, in the memory that is still mapped for it; nothing more is taken.
+        let late = vmm.offer(1, 0, 0, 512);
+        vmm.kick();
+        vmm.pause().await;
+        vmm.disk.step();
+        assert_eq!(vmm.used(1).await, [(early, 513)]);
+        vmm.pause().await;
+        assert_eq!((vmm.disk.asked.borrow().len(), rings(&vmm.err)), (1, 0));
+        // It comes back in two parts, the ring in the second.
+        let half =
+            |from: u64, len: u64| RegionSpec { guest: from, len, user: spec.user + from, offset: from };
+        let fd = || vmm.ram.regions().remove(0).1;
+        vmm.disk.waits.set(false);
+        vmm.device.add_memory(half(0x10000, MIB - 0x10000), fd()).unwrap();
+        vmm.pause().await;
+        assert_eq!(vmm.disk.asked.borrow().len(), 1);
+        vmm.device.add_memory(half(0, 0x10000), fd()).unwrap();
+        assert_eq!(vmm.used(1).await, [(late, 513)], "without another kick");
+        // A table without it is another matter, also for a ring that waits.
+        vmm.device.remove_memory(half(0, 0x10000)).unwrap();
+        vmm.device.set_memory(Vec::new()).unwrap();
+        vmm.until(|vmm| rings(&vmm.err) == 1).await;
         vmm.device.stop().await;
     });
 }
