@@ -14,7 +14,7 @@ use super::inflight::{Inflight, InflightError};
 use super::memory::{MapError, Memory, RegionSpec};
 use super::queue::Queue;
 use super::request::{ID_LEN, Terms};
-use super::ring::{self, Addresses, Ring, Ways};
+use super::ring::{self, Addresses, Ring, RingError, Ways};
 use super::run::{Bells, Failure, Run};
 use crate::complaints::Complaints;
 use crate::signal::Signal;
@@ -57,7 +57,7 @@ pub(crate) enum Violation {
     NoRegion(RegionSpec),
     #[error("ring {index}: there are {queues}")]
     NoRing { index: u32, queues: u16 },
-    #[error("ring {index} of {len}: a power of two is expected, {} at most", ring::SIZE_MAX)]
+    #[error("ring {index} of {len}: a power of two is expected, {} at most, as in QEMU", ring::SIZE_MAX)]
     RingLen { index: u32, len: u32 },
     #[error("ring {index} from base {base}: a number below 65536 is expected")]
     RingBase { index: u32, base: u32 },
@@ -73,6 +73,15 @@ pub(crate) enum Violation {
     WriteCache(Errno),
     #[error("an in-flight region for {found} rings: there are {queues}")]
     InflightQueues { found: u16, queues: u16 },
+}
+
+/// How a front end changes its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// All of it at once: what is not there now is gone.
+    Table,
+    /// A region at a time: what is gone may come back with the next one.
+    Region,
 }
 
 /// What all rings of a device have in common.
@@ -122,6 +131,20 @@ impl Common {
     #[inline]
     pub(crate) fn is_durable(&self) -> bool {
         self.features.get() & feature::FLUSH == 0 || !self.wce.get() || !self.wce_is_known.get()
+    }
+
+    /// Tells of a ring that waits for its memory, unless a front end made us tell too much lately.
+    pub(crate) fn miss(&self, ring: u16, error: &RingError) {
+        if let Some(kept_back) = self.complaints.admit(self.handle.now()) {
+            let disk = &*self.settings.name;
+            tracing::warn!(
+                disk,
+                ring,
+                %error,
+                kept_back,
+                "a guest's ring waits for the memory that it lies in, which the VMM has taken away"
+            );
+        }
     }
 
     /// Tells of a ring that cannot go on, unless a hostile guest made us tell too much lately.
@@ -209,6 +232,7 @@ impl Device {
     /// SET_FEATURES. What concerns rings holds for those that start afterwards.
     pub(crate) fn set_features(&self, features: u64) -> Result<(), Violation> {
         let offered = self.features();
+        let features = features & !feature::IGNORED;
         if features & !offered != 0 {
             return Err(Violation::Features { found: features, offered });
         }
@@ -270,7 +294,8 @@ impl Device {
         if regions.len() > MEMORY_REGIONS_MAX {
             return Err(Violation::Regions(regions.len()));
         }
-        self.use_memory(Memory::new(regions, self.registrar())?);
+        let memory = self.common.memory().replaced_by(regions, self.registrar())?;
+        self.use_memory(memory, Change::Table);
         Ok(())
     }
 
@@ -280,14 +305,15 @@ impl Device {
         if memory.count() >= MEMORY_REGIONS_MAX {
             return Err(Violation::Regions(memory.count() + 1));
         }
-        self.use_memory(memory.with(spec, fd.as_fd(), self.registrar())?);
+        self.use_memory(memory.with(spec, fd.as_fd(), self.registrar())?, Change::Region);
         Ok(())
     }
 
-    /// REM_MEM_REG.
+    /// REM_MEM_REG. A ring that lies there waits until it is added again: this is how QEMU cuts memory into other
+    /// regions while rings run.
     pub(crate) fn remove_memory(&self, spec: RegionSpec) -> Result<(), Violation> {
         let memory = self.common.memory().without(spec).ok_or(Violation::NoRegion(spec))?;
-        self.use_memory(memory);
+        self.use_memory(memory, Change::Region);
         Ok(())
     }
 
@@ -296,12 +322,12 @@ impl Device {
         self.common.settings.pin_memory.then_some(&self.common.handle)
     }
 
-    fn use_memory(&self, memory: Memory) {
+    fn use_memory(&self, memory: Memory, change: Change) {
         let memory = Rc::new(memory);
         *self.common.memory.borrow_mut() = memory.clone();
         for index in 0..self.common.settings.queues {
             if let Some(run) = &self.rings[usize::from(index)].borrow().run {
-                run.move_to(&memory);
+                run.move_to(&memory, change);
             }
             // A ring may have waited for nothing but its memory.
             self.start(index);
@@ -320,7 +346,7 @@ impl Device {
 
     /// SET_VRING_NUM.
     pub(crate) fn set_ring_size(&self, index: u32, len: u32) -> Result<(), Violation> {
-        let size = u16::try_from(len).ok().filter(|size| size.is_power_of_two());
+        let size = u16::try_from(len).ok().filter(|size| size.is_power_of_two() && *size <= ring::SIZE_MAX);
         let size = size.ok_or(Violation::RingLen { index, len })?;
         self.stopped_ring(index)?.borrow_mut().size = Some(size);
         self.start(index as u16);
@@ -374,7 +400,9 @@ impl Device {
     /// SET_VRING_KICK: starts the ring, if all else is known.
     pub(crate) fn set_kick(&self, index: u32, fd: Option<OwnedFd>) -> Result<(), Violation> {
         let ring = self.ring(index)?;
-        let kick = self.bell(index, fd)?.ok_or(Violation::NoKick(index))?;
+        let kick = fd.map(|fd| bell::take_in(&self.common.handle, fd)).transpose();
+        let kick = kick.map_err(|reason| Violation::Bell { index, reason })?;
+        let kick = kick.ok_or(Violation::NoKick(index))?;
         let run = {
             let mut setup = ring.borrow_mut();
             setup.kick = Some(kick.clone());
@@ -418,10 +446,10 @@ impl Device {
         }
     }
 
+    /// What is to be rung, if anything.
     fn bell(&self, index: u32, fd: Option<OwnedFd>) -> Result<Option<Rc<Fd>>, Violation> {
-        let Some(fd) = fd else { return Ok(None) };
-        let bell = bell::take_in(&self.common.handle, fd);
-        bell.map(Some).map_err(|reason| Violation::Bell { index, reason })
+        let bell = fd.map(|fd| bell::take_in_to_ring(&self.common.handle, fd)).transpose();
+        bell.map_err(|reason| Violation::Bell { index, reason })
     }
 
     /// SET_VRING_ENABLE.
@@ -567,7 +595,7 @@ impl Device {
         let ring = Ring::new(&self.common.memory(), addresses, size, ways)?;
         let inflight = self.inflight.borrow().clone();
         let marks = inflight.map(|inflight| inflight.marks(index, size)).transpose();
-        Ok(Queue::new(ring, marks.map_err(ring::RingError::from)?, base)?)
+        Ok(Queue::new(ring, marks.map_err(RingError::from)?, base)?)
     }
 }
 

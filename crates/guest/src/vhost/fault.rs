@@ -2,12 +2,13 @@
 //!
 //! The kernel answers an access behind the end of a mapped file with SIGBUS, which ends a process. The file behind a
 //! guest's memory is in the hands of the front end, so that one front end could end all that a process serves. A
-//! handler for the whole process puts zeroes in the place of the page that is gone and marks the mapping; who uses
-//! the mapping looks at the mark.
+//! handler for the whole process marks the mapping and puts zeroes in the place of all of it; who uses the mapping looks
+//! at the mark. (All of it, since a page at a time each would become a mapping of its own, and their number is limited:
+//! vm.max_map_count.)
 
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
@@ -17,28 +18,51 @@ const PLACES: usize = 4096;
 
 struct Place {
     taken: AtomicBool,
-    /// First byte of the mapping; 0 while the rest is not to be looked at.
+    /// Odd while the bounds are being changed, and another number afterwards: a handler on another thread must not see
+    /// one bound of the old and one of the new.
+    version: AtomicUsize,
+    /// First byte of the mapping, and the byte behind it; both 0 where there is none.
     start: AtomicUsize,
     end: AtomicUsize,
-    /// Bytes of a page of the file: the least that can be replaced.
-    page: AtomicUsize,
     broken: AtomicBool,
 }
 
 static TABLE: [Place; PLACES] = [const {
     Place {
         taken: AtomicBool::new(false),
+        version: AtomicUsize::new(0),
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
-        page: AtomicUsize::new(0),
         broken: AtomicBool::new(false),
     }
 }; PLACES];
 
-/// How often memory that is gone was replaced.
+impl Place {
+    /// For whoever has taken it.
+    fn set_bounds(&self, start: usize, end: usize) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.start.store(start, Ordering::Relaxed);
+        self.end.store(end, Ordering::Relaxed);
+        self.version.store(version.wrapping_add(2), Ordering::Release);
+    }
+
+    /// The mapping that is here, as it was at one moment; `None` where it is being changed. Waits for nobody: the mapping
+    /// that somebody is using while he asks is not being changed.
+    fn bounds(&self) -> Option<(usize, usize)> {
+        let version = self.version.load(Ordering::Acquire);
+        let (start, end) = (self.start.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        let is_whole = version.is_multiple_of(2) && version == self.version.load(Ordering::Relaxed);
+        is_whole.then_some((start, end))
+    }
+}
+
+/// How many of the mappings are broken.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// How often memory that is gone was replaced, in the whole process.
+/// How many mappings of the whole process are broken and still in use.
 pub(crate) fn count() -> usize {
     COUNT.load(Ordering::Relaxed)
 }
@@ -61,17 +85,14 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// Watches a mapping: `len` bytes from `start` on, of a file with pages of `page` bytes.
-    pub(crate) fn new(start: usize, len: usize, page: usize) -> Result<Watched, Refusal> {
+    /// Watches a mapping: `len` bytes from `start` on, whole pages of its file.
+    pub(crate) fn new(start: usize, len: usize) -> Result<Watched, Refusal> {
         install()?;
         let is_free = |place: &&Place| {
             place.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
         };
         let place = TABLE.iter().find(is_free).ok_or(Refusal::Full)?;
-        place.end.store(start + len, Ordering::Relaxed);
-        place.page.store(page, Ordering::Relaxed);
-        place.broken.store(false, Ordering::Relaxed);
-        place.start.store(start, Ordering::Release);
+        place.set_bounds(start, start + len);
         Ok(Watched { place })
     }
 
@@ -85,7 +106,10 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        self.place.start.store(0, Ordering::Release);
+        self.place.set_bounds(0, 0);
+        if self.place.broken.swap(false, Ordering::Relaxed) {
+            COUNT.fetch_sub(1, Ordering::Relaxed);
+        }
         self.place.taken.store(false, Ordering::Release);
     }
 }
@@ -121,28 +145,22 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     pass_on(signal, info, context);
 }
 
-/// Puts zeroes where the page around this address was, if it is of ours.
+/// Puts zeroes in the place of the mapping with this address, if it is of ours.
 fn replace(address: usize) -> bool {
-    for place in &TABLE {
-        let start = place.start.load(Ordering::Acquire);
-        if start == 0 || address < start || address >= place.end.load(Ordering::Relaxed) {
-            continue;
-        }
-        let page = place.page.load(Ordering::Relaxed);
-        let at = address & !(page - 1);
-        let (access, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
-        // SAFETY: the page lies within a mapping of ours, which starts at a page, and which is not unmapped while
-        // somebody reads or writes it, which is what is going on. A system call and nothing else.
-        let mapped = unsafe { libc::mmap(at as *mut c_void, page, access, flags, -1, 0) };
-        if mapped == libc::MAP_FAILED {
-            return false;
-        }
-        place.broken.store(true, Ordering::Relaxed);
+    let holds = |(start, end): &(usize, usize)| (*start..*end).contains(&address);
+    let find = |place: &'static Place| place.bounds().filter(holds).map(|bounds| (place, bounds));
+    let Some((place, (start, end))) = TABLE.iter().find_map(find) else { return false };
+    // Before there are zeroes that somebody might believe.
+    if !place.broken.swap(true, Ordering::Relaxed) {
         COUNT.fetch_add(1, Ordering::Relaxed);
-        return true;
     }
-    false
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: exactly a mapping of ours, which is not unmapped while somebody reads or writes it, and that is what is
+    // going on: its bounds stay as they are. What the kernel does with it goes on in the pages that it has pinned. A
+    // system call and nothing else.
+    let mapped = unsafe { libc::mmap(start as *mut c_void, end - start, access, flags, -1, 0) };
+    mapped != libc::MAP_FAILED
 }
 
 /// Does what would have been done without us.

@@ -9,6 +9,7 @@
 //! carry: whether the guest has turned the write cache off.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use block::Errno;
@@ -48,7 +49,10 @@ pub(crate) enum InflightError {
     TooShort { len: u64, queues: u16, queue_len: u16, needed: u64 },
     #[error("an in-flight region at byte {0} of its file: a multiple of 8 is needed")]
     Misaligned(u64),
-    #[error("an in-flight region for {queues} rings of {queue_len}: from 1 ring, and of 1 to 32768")]
+    #[error(
+        "an in-flight region for {queues} rings of {queue_len}: from 1 ring, and of 1 to {}",
+        super::ring::SIZE_MAX
+    )]
     Shape { queues: u16, queue_len: u16 },
     #[error("the in-flight region is for {queues} rings of {queue_len}, and this is ring {index} of {size}")]
     NotForRing { index: u16, size: u16, queues: u16, queue_len: u16 },
@@ -129,7 +133,8 @@ impl Inflight {
         let has_page = len >= (page + PAGE_LEN) as u64;
         // No more than is used, whatever length is told.
         let used = if has_page { page + PAGE_LEN } else { needed };
-        let mapping = Mapping::new(fd, offset, used as u64)?;
+        // Its length is bounded by the rings, and a device has one at a time: it counts by itself.
+        let mapping = Mapping::new(fd, offset, used as u64, &Rc::default())?;
         let words = mapping.words(0, used).expect("all of the mapping");
         if !words.is_aligned(8) {
             return Err(InflightError::Misaligned(offset));

@@ -14,6 +14,7 @@ use runtime::{Handle, RegisteredMemory};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::fault::{self, Refusal, Watched};
+use super::room::{NoRoom, Room, Taken};
 
 /// Where a region lies, as the front end tells it ("Memory region description"). All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +41,8 @@ pub(crate) enum MapError {
     #[error("the memory cannot be mapped: {0}")]
     Map(Errno),
     #[error(transparent)]
+    Room(#[from] NoRoom),
+    #[error(transparent)]
     Watch(#[from] Refusal),
 }
 
@@ -61,14 +64,21 @@ pub(crate) struct Mapping {
     reserved: NonNull<u8>,
     reserved_len: usize,
     watched: Option<Watched>,
+    /// Given back after it is unmapped.
+    _taken: Taken,
 }
 
 /// `f_type` of hugetlbfs (linux/magic.h).
 const HUGETLBFS: i64 = 0x9584_58f6;
 
 impl Mapping {
-    /// Maps `len` bytes of a file from byte `offset` on, for reading and writing.
-    pub(crate) fn new(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<Rc<Mapping>, MapError> {
+    /// Maps `len` bytes of a file from byte `offset` on, for reading and writing, where there is `room` for them.
+    pub(crate) fn new(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: u64,
+        room: &Rc<Room>,
+    ) -> Result<Rc<Mapping>, MapError> {
         let range = || MapError::Range { at: 0, len, offset };
         let end =
             offset.checked_add(len).filter(|end| len > 0 && *end <= i64::MAX as u64).ok_or_else(range)?;
@@ -96,6 +106,7 @@ impl Mapping {
         let (mapped, page) = (mapped.ok_or_else(range)?, page as usize);
         // A page before it, one behind it, and one to start at a multiple of a page that is not the machine's.
         let reserved_len = mapped.checked_add(3 * page).ok_or_else(range)?;
+        let taken = room.take(reserved_len as u64)?;
         let (none, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
         // SAFETY: a new mapping, wherever the kernel puts it.
         let reserved = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), reserved_len, none, flags) };
@@ -107,7 +118,8 @@ impl Mapping {
             return Err(MapError::Map(Errno::ENOMEM));
         };
         // From here on dropping it unmaps.
-        let mut mapping = Mapping { ptr, len: len as usize, reserved, reserved_len, watched: None };
+        let len = len as usize;
+        let mut mapping = Mapping { ptr, len, reserved, reserved_len, watched: None, _taken: taken };
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
         // SAFETY: in the place of pages that were just reserved and that nobody else knows of.
         let mapped_at =
@@ -119,14 +131,15 @@ impl Mapping {
         if let Err(errno) = advised {
             tracing::debug!(%errno, "guest memory would be in a core dump");
         }
-        mapping.watched = Some(Watched::new(base.addr(), mapped, page)?);
+        mapping.watched = Some(Watched::new(base.addr(), mapped)?);
         Ok(Rc::new(mapping))
     }
 
     /// A mapping that nobody watches over, as the process may have others: a test shows what becomes of these.
     #[cfg(test)]
     pub(super) fn new_unwatched(fd: &OwnedFd, len: u64) -> Rc<Mapping> {
-        let mut mapping = Rc::into_inner(Mapping::new(fd.as_fd(), 0, len).expect("a file of that length"));
+        let mapping = Mapping::new(fd.as_fd(), 0, len, &Rc::default());
+        let mut mapping = Rc::into_inner(mapping.expect("a file of that length"));
         mapping.iter_mut().for_each(|mapping| mapping.watched = None);
         Rc::new(mapping.expect("nobody else has it yet"))
     }
@@ -268,14 +281,19 @@ const PIECE_SHIFT: u32 = 30;
 const PIECE_LEN: usize = 1 << PIECE_SHIFT;
 
 impl Region {
-    fn new(spec: RegionSpec, fd: BorrowedFd<'_>, registrar: Option<&Handle>) -> Result<Rc<Region>, MapError> {
+    fn new(
+        spec: RegionSpec,
+        fd: BorrowedFd<'_>,
+        registrar: Option<&Handle>,
+        room: &Rc<Room>,
+    ) -> Result<Rc<Region>, MapError> {
         let RegionSpec { guest, len, user, offset } = spec;
         for at in [guest, user] {
             if len == 0 || at.checked_add(len).is_none() {
                 return Err(MapError::Range { at, len, offset });
             }
         }
-        let mapping = Mapping::new(fd, offset, len)?;
+        let mapping = Mapping::new(fd, offset, len, room)?;
         let registered = registrar.map(|handle| register(handle, &mapping)).unwrap_or_default();
         Ok(Rc::new(Region { spec, ptr: mapping.ptr, registered, mapping }))
     }
@@ -333,15 +351,18 @@ pub(crate) struct Memory {
     regions: Vec<Rc<Region>>,
     /// Where the last address was found: the next one mostly is in the same region.
     last: Cell<usize>,
+    /// Of all the memory that the front end has, had, and will have.
+    room: Rc<Room>,
 }
 
 impl Memory {
-    /// These regions and no others, registered with the kernel by `registrar`.
-    pub(crate) fn new(
+    /// These regions of the same front end in the place of all others, registered with the kernel by `registrar`.
+    pub(crate) fn replaced_by(
+        &self,
         regions: Vec<(RegionSpec, OwnedFd)>,
         registrar: Option<&Handle>,
     ) -> Result<Memory, MapError> {
-        let mut memory = Memory::default();
+        let mut memory = Memory { room: self.room.clone(), ..Memory::default() };
         for (spec, fd) in regions {
             memory = memory.with(spec, fd.as_fd(), registrar)?;
         }
@@ -366,9 +387,9 @@ impl Memory {
             }
         }
         let mut regions = self.regions.clone();
-        regions.push(Region::new(spec, fd, registrar)?);
+        regions.push(Region::new(spec, fd, registrar, &self.room)?);
         regions.sort_by_key(|region| region.spec.guest);
-        Ok(Memory { regions, last: Cell::new(0) })
+        Ok(Memory { regions, last: Cell::new(0), room: self.room.clone() })
     }
 
     /// These regions without one; `None` where it is not among them. Where it lies in its file is not looked at: the
@@ -380,7 +401,7 @@ impl Memory {
         let index = self.regions.iter().position(is_it)?;
         let mut regions = self.regions.clone();
         regions.remove(index);
-        Some(Memory { regions, last: Cell::new(0) })
+        Some(Memory { regions, last: Cell::new(0), room: self.room.clone() })
     }
 
     /// Whether none of the files behind it was cut short.

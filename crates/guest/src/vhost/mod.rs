@@ -24,6 +24,7 @@ mod memory;
 mod queue;
 mod request;
 mod ring;
+mod room;
 mod run;
 mod server;
 mod status;

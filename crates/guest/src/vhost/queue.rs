@@ -118,6 +118,11 @@ impl Queue {
         }
     }
 
+    /// How many pieces the request has that was taken last.
+    pub(crate) fn pieces(&self) -> usize {
+        self.chain.len()
+    }
+
     #[inline]
     fn take_available(&mut self) -> Result<Option<u16>, RingError> {
         let Some(head) = self.ring.peek()? else { return Ok(None) };

@@ -8,8 +8,11 @@ use std::sync::atomic::fence;
 use super::inflight::InflightError;
 use super::memory::{Memory, Outside, Words};
 
-/// The longest ring (2.7: "Queue Size ... is always a power of 2. The maximum Queue Size value is 32768").
-pub(crate) const SIZE_MAX: u16 = 1 << 15;
+/// The longest ring: QEMU's longest (VIRTQUEUE_MAX_SIZE). Virtio would allow 32768 (2.7), and each descriptor of
+/// those could be a request with a thousand pieces that we keep.
+pub(crate) const SIZE_MAX: u16 = 1024;
+/// Pieces of one request, in the ring and in a table together. One that keeps to our limits has 128.
+const PIECES_MAX: usize = 1024;
 /// The longest table of indirect descriptors. A request that keeps to our limits has 128; others accept as many.
 const TABLE_MAX: usize = 1024;
 const DESCRIPTOR_LEN: usize = 16;
@@ -48,6 +51,8 @@ pub(crate) enum RingError {
     NotLast,
     #[error("a table of {0} bytes: from 1 to 1024 descriptors of 16 bytes are expected")]
     Table(u32),
+    #[error("a request of more than {PIECES_MAX} pieces")]
+    Pieces,
     #[error("a descriptor to read from behind one to write to")]
     Order,
     #[error("a request whose header has {0} bytes: 16 are expected")]
@@ -114,6 +119,11 @@ impl Chain {
         &self.pieces[self.readable..]
     }
 
+    /// How many pieces.
+    pub(crate) fn len(&self) -> usize {
+        self.pieces.len()
+    }
+
     fn clear(&mut self) {
         self.pieces.clear();
         self.readable = 0;
@@ -127,6 +137,9 @@ impl Chain {
                 return Err(RingError::Order);
             }
             self.readable += 1;
+        }
+        if self.pieces.len() >= PIECES_MAX {
+            return Err(RingError::Pieces);
         }
         self.pieces.push(Piece { at: descriptor.at, len: descriptor.len });
         Ok(())
@@ -200,8 +213,19 @@ pub(crate) struct Ring {
     staged: u16,
     /// The used index when the driver's wish to be signalled was last looked at.
     signalled: Option<u16>,
-    /// Whether the driver was asked to kick.
-    armed: bool,
+    /// What the driver was told of kicks.
+    kicks: Kicks,
+}
+
+/// What a driver was told of kicks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kicks {
+    /// Whatever a predecessor has told it, or it finds in other memory.
+    Unknown,
+    /// They are not needed.
+    Silenced,
+    /// They are needed from this index in the available ring on.
+    Asked(u16),
 }
 
 impl Ring {
@@ -225,8 +249,7 @@ impl Ring {
             used,
             staged: 0,
             signalled: None,
-            // As if: so that the first look silences whatever a predecessor has left.
-            armed: true,
+            kicks: Kicks::Unknown,
         };
         Ok(ring)
     }
@@ -234,6 +257,7 @@ impl Ring {
     /// The front end has changed its memory: finds the ring's words there.
     pub(crate) fn move_to(&mut self, memory: &Memory, addresses: Addresses) -> Result<(), RingError> {
         self.parts = Parts::find(memory, addresses, self.size, self.ways)?;
+        self.kicks = Kicks::Unknown;
         Ok(())
     }
 
@@ -266,12 +290,17 @@ impl Ring {
 
     /// Asks the driver for kicks, and looks once more.
     pub(crate) fn arm(&mut self) -> bool {
+        let asked = Kicks::Asked(self.next);
+        if self.kicks == asked {
+            // It has seen that, or we would have seen what it made available before.
+            return self.has_news();
+        }
         if self.ways.event_idx {
             self.parts.used.put_u16(self.avail_event_at(), self.next, Relaxed);
-        } else if !self.armed {
+        } else {
             self.parts.used.put_u16(FLAGS_AT, 0, Relaxed);
         }
-        self.armed = true;
+        self.kicks = asked;
         // What the driver makes available before it sees that it is to kick, must be seen here (2.7.10: it looks at
         // our wish after a barrier of its own).
         fence(std::sync::atomic::Ordering::SeqCst);
@@ -281,7 +310,8 @@ impl Ring {
     /// The driver need not kick while we look by ourselves.
     fn silence(&mut self) {
         // An event index is left where it is: far behind, where the driver does not come by soon.
-        if std::mem::take(&mut self.armed) && !self.ways.event_idx {
+        if !self.ways.event_idx && self.kicks != Kicks::Silenced {
+            self.kicks = Kicks::Silenced;
             self.parts.used.put_u16(FLAGS_AT, NO_NOTIFY, Relaxed);
         }
     }

@@ -10,16 +10,18 @@ use block::{Answer, Errno, Op, Payload, Reply, Request, Ticket};
 use runtime::{Completion, Fd, Handle, Source, Watch};
 
 use super::bell;
-use super::device::Common;
-use super::memory::Memory;
+use super::device::{Change, Common};
+use super::memory::{Memory, Outside};
 use super::queue::{Queue, Taken};
 use super::ring::{Addresses, RingError};
 use crate::{GiveUp, Session};
 
 /// In a ticket: what is answered is the sync that a request waits for.
 const SYNC: u64 = 1 << 32;
-/// Requests that a ring may have taken before others get their turn.
+/// Requests that a ring may have taken before others get their turn, and pieces of requests: what a request costs is
+/// in its pieces too.
 const TURN: usize = 64;
+const TURN_PIECES: usize = 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -40,6 +42,8 @@ pub(crate) enum Failure {
     Ring(#[from] RingError),
     #[error("its kicks cannot be heard: {0}")]
     Kick(Errno),
+    #[error("serving it panicked (a bug in tapdisk)")]
+    Panicked,
 }
 
 pub(crate) struct Run {
@@ -51,6 +55,9 @@ pub(crate) struct Run {
     queue: RefCell<Queue>,
     state: Cell<State>,
     enabled: Cell<bool>,
+    /// The memory that it lies in was taken away and may come back: nothing is taken until then. Answers go into the
+    /// old memory, which is the same to the guest.
+    adrift: Cell<bool>,
     /// Somebody has news for the task.
     woken: Cell<bool>,
     task: RefCell<Option<Waker>>,
@@ -92,6 +99,7 @@ impl Run {
             queue: RefCell::new(queue),
             state: Cell::new(State::Running),
             enabled: Cell::new(enabled),
+            adrift: Cell::new(false),
             woken: Cell::new(true),
             task: RefCell::default(),
             kick: RefCell::new(bells.kick),
@@ -109,6 +117,7 @@ impl Run {
     }
 
     async fn serve(self: Rc<Self>) {
+        let _end = EndOfServing(&self);
         while poll_fn(|cx| self.poll_news(cx)).await {
             self.take_all().await;
         }
@@ -151,11 +160,20 @@ impl Run {
         }
     }
 
+    /// Whether requests are to be taken.
+    fn is_taking(&self) -> bool {
+        self.state.get() == State::Running && self.enabled.get() && !self.adrift.get()
+    }
+
     /// Takes what is available, up to a limit; true if there may be more.
     fn take_turn(self: &Rc<Self>) -> bool {
         let (memory, terms) = (self.common.memory(), self.common.terms());
+        let mut pieces = 0;
         for _ in 0..TURN {
-            if self.state.get() != State::Running || !self.enabled.get() {
+            if pieces >= TURN_PIECES {
+                break;
+            }
+            if !self.is_taking() {
                 return false;
             }
             let taken = self.queue.borrow_mut().take(&memory, &terms);
@@ -169,6 +187,7 @@ impl Run {
                     return false;
                 }
             }
+            pieces += self.queue.borrow().pieces();
         }
         true
     }
@@ -198,10 +217,20 @@ impl Run {
     }
 
     /// The front end has changed its memory.
-    pub(crate) fn move_to(&self, memory: &Memory) {
+    pub(crate) fn move_to(&self, memory: &Memory, change: Change) {
         let moved = self.queue.borrow_mut().move_to(memory, self.addresses);
-        if let Err(error) = moved {
-            self.fail(&error.into());
+        match (moved, change) {
+            (Ok(()), _) => {
+                if self.adrift.replace(false) {
+                    self.wake();
+                }
+            }
+            (Err(error @ RingError::Outside { outside: Outside::Hole { .. }, .. }), Change::Region) => {
+                if !self.adrift.replace(true) {
+                    self.common.miss(self.index, &error);
+                }
+            }
+            (Err(error), _) => self.fail(&error.into()),
         }
     }
 
@@ -287,6 +316,17 @@ impl Run {
     }
 }
 
+/// Fails a ring whose task ends by a panic: nobody would take what is found in it, again and again.
+struct EndOfServing<'a>(&'a Run);
+
+impl Drop for EndOfServing<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(&Failure::Panicked);
+        }
+    }
+}
+
 impl Answer for Run {
     fn answer(&self, ticket: Ticket, result: Result<Payload, Errno>) {
         if self.state.get() == State::Muted {
@@ -322,8 +362,7 @@ impl Source for Run {
     }
 
     fn look(&self) -> bool {
-        let has_news =
-            self.state.get() == State::Running && self.enabled.get() && self.queue.borrow().has_news();
+        let has_news = self.is_taking() && self.queue.borrow().has_news();
         if has_news {
             self.wake();
         }
@@ -331,8 +370,7 @@ impl Source for Run {
     }
 
     fn arm(&self) -> bool {
-        let has_news =
-            self.state.get() == State::Running && self.enabled.get() && self.queue.borrow_mut().arm();
+        let has_news = self.is_taking() && self.queue.borrow_mut().arm();
         if has_news {
             self.wake();
         }

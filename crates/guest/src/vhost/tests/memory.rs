@@ -1,7 +1,7 @@
 //! A guest's memory: what is found in it, what is refused, and what becomes of it when its file is cut short.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
@@ -90,7 +90,7 @@ fn memfd(len: u64) -> OwnedFd {
 fn regions_that_cannot_be_are_refused() {
     let map = |guest, len, user, offset| {
         let spec = RegionSpec { guest, len, user, offset };
-        Memory::new(vec![(spec, memfd(0x3000))], None).err().map(|error| error.to_string())
+        Memory::default().replaced_by(vec![(spec, memfd(0x3000))], None).err().map(|error| error.to_string())
     };
     assert_eq!(map(0, 0x3000, USER, 0), None);
     assert_eq!(map(0, 0x1000, USER, 0x1234), None, "in the middle of a page");
@@ -115,7 +115,7 @@ fn a_region_starts_where_it_is_said_to_in_its_file() {
     let file = File::from(memfd(0x3000));
     std::os::unix::fs::FileExt::write_all_at(&file, b"here", 0x1234).unwrap();
     let spec = RegionSpec { guest: 0x5000, len: 0x100, user: USER, offset: 0x1234 };
-    let memory = Memory::new(vec![(spec, file.into())], None).unwrap();
+    let memory = Memory::default().replaced_by(vec![(spec, file.into())], None).unwrap();
     assert_eq!(memory.buf(0x5000, 4).unwrap().to_vec(), b"here");
     assert!(memory.buf(0x5000, 0x101).is_err(), "no more than the region, though the page goes on");
 }
@@ -123,14 +123,64 @@ fn a_region_starts_where_it_is_said_to_in_its_file() {
 #[test]
 fn regions_do_not_overlap() {
     let spec = |guest, user| RegionSpec { guest, len: 0x1000, user, offset: 0 };
-    let two =
-        |a, b| Memory::new(vec![(a, memfd(0x1000)), (b, memfd(0x1000))], None).map(|memory| memory.count());
+    let two = |a, b| {
+        Memory::default()
+            .replaced_by(vec![(a, memfd(0x1000)), (b, memfd(0x1000))], None)
+            .map(|memory| memory.count())
+    };
     assert_eq!(two(spec(0, USER), spec(0x1000, USER + 0x1000)), Ok(2));
     assert_eq!(two(spec(0, USER), spec(0x1000, USER)), Ok(2), "shown twice");
     for other in [spec(0, USER + MIB), spec(0xfff, USER + MIB)] {
         assert!(matches!(two(spec(0, USER), other), Err(MapError::Overlap { .. })), "{other:?}");
         assert!(matches!(two(other, spec(0, USER)), Err(MapError::Overlap { .. })), "{other:?}");
     }
+}
+
+/// A file that is larger than any guest, and takes no room.
+fn huge() -> OwnedFd {
+    memfd(1 << 43)
+}
+
+#[test]
+fn a_front_end_has_so_much_address_space_and_no_more() {
+    const TIB: u64 = 1 << 40;
+    let spec = |nth: u64, len: u64| RegionSpec { guest: nth << 44, len, user: nth << 44, offset: 0 };
+    let fd = huge();
+    let one = Memory::default().with(spec(1, 3 * TIB), fd.as_fd(), None).unwrap();
+    let more = |memory: &Memory, len: u64| memory.with(spec(2, len), fd.as_fd(), None).map(drop);
+    let refused = more(&one, TIB).unwrap_err().to_string();
+    assert!(refused.contains("4398046511104 that a front end may have mapped"), "{refused}");
+    assert_eq!(more(&one, TIB - (1 << 20)), Ok(()));
+    // What is replaced counts for as long as something of it is in use, and no longer.
+    let buf = one.buf(1 << 44, 1).unwrap();
+    let none = one.replaced_by(Vec::new(), None).unwrap();
+    drop(one);
+    assert!(more(&none, 2 * TIB).is_err());
+    drop(buf);
+    assert_eq!(more(&none, 2 * TIB), Ok(()));
+    // Another front end has its own.
+    let other = Memory::default().with(spec(1, 3 * TIB), fd.as_fd(), None).unwrap();
+    assert_eq!((more(&none, 2 * TIB), other.count()), (Ok(()), 1));
+}
+
+#[test]
+fn a_front_end_has_so_many_mappings_and_no_more() {
+    // 509 regions, as many that I/O keeps, and 8.
+    let fd = memfd(0x1000);
+    let spec = RegionSpec { guest: 0, len: 0x1000, user: USER, offset: 0 };
+    let mut memory = Memory::default();
+    let mut kept = Vec::new();
+    for _ in 0..1026 {
+        memory = memory.replaced_by(vec![(spec, fd.try_clone().unwrap())], None).unwrap();
+        kept.push(memory.byte(0).unwrap());
+    }
+    let again = |memory: &Memory| memory.replaced_by(vec![(spec, fd.try_clone().unwrap())], None).map(drop);
+    let refused = again(&memory).unwrap_err().to_string();
+    assert!(refused.contains("1026 are mapped already"), "{refused}");
+    kept.pop();
+    assert!(again(&memory).is_err(), "it is still the guest's");
+    kept.pop();
+    assert_eq!(again(&memory), Ok(()));
 }
 
 #[test]
@@ -162,7 +212,7 @@ fn a_region_is_unmapped_after_its_last_piece() {
     let fd = rustix::fs::memfd_create("unmapped-last", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, 0x2000).unwrap();
     let spec = RegionSpec { guest: 0, len: 0x2000, user: USER, offset: 0 };
-    let memory = Memory::new(vec![(spec, fd)], None).unwrap();
+    let memory = Memory::default().replaced_by(vec![(spec, fd)], None).unwrap();
     let (buf, byte, words) = (memory.buf(0, 16).unwrap(), memory.byte(20), memory.words(USER, 8));
     assert_eq!(mapped("unmapped-last"), 1);
     drop(memory);
@@ -181,7 +231,7 @@ fn nobody_may_touch_what_lies_around_a_region() {
     let fd = rustix::fs::memfd_create("with-guards", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, 0x3000).unwrap();
     let spec = RegionSpec { guest: 0, len: 0x1000, user: USER, offset: 0x1000 };
-    let memory = Memory::new(vec![(spec, fd)], None).unwrap();
+    let memory = Memory::default().replaced_by(vec![(spec, fd)], None).unwrap();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let lines: Vec<Vec<&str>> = maps.lines().map(|line| line.split([' ', '-']).collect()).collect();
     let nth = maps.lines().position(|line| line.contains("with-guards")).unwrap();
@@ -203,7 +253,7 @@ fn a_file_that_is_cut_short_does_no_harm() {
     assert!(memory.is_whole(), "nobody has looked yet");
     assert_eq!(second.to_vec(), [0; 0x1000], "zeroes, and no SIGBUS");
     assert!(!memory.is_whole() && words.is_broken() && fault::count() > 0);
-    assert_eq!(first.to_vec(), [7; 0x1000], "what is left of the file is there");
+    assert_eq!(first.to_vec(), [0; 0x1000], "nor is anything else of it believed");
     assert_eq!(memory.buf(0, 1).err(), Some(Outside::Gone { at: 0 }));
     assert_eq!(memory.byte(0).err(), Some(Outside::Gone { at: 0 }));
     assert_eq!(memory.words(USER, 8).err(), Some(Outside::Gone { at: USER }));
@@ -212,6 +262,61 @@ fn a_file_that_is_cut_short_does_no_harm() {
     // Others are not touched.
     assert!(memory.buf(0x4000, 0x4000).is_ok());
     assert!(ram.memory_of(1).is_whole());
+}
+
+/// How many mappings of the process these bytes are in.
+fn mappings_of(buf: &Buf) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let (start, len) = (buf.segments()[0].ptr().addr(), buf.len());
+    let is_in = |line: &&str| {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let number = |hex| usize::from_str_radix(hex, 16).unwrap();
+        number(from) < start + len && start < number(to)
+    };
+    maps.lines().filter(is_in).count()
+}
+
+#[test]
+fn a_file_that_is_cut_short_stays_one_mapping() {
+    // The process may have 65530 of them (vm.max_map_count).
+    let ram = Ram::new(&[(0, 0x20000)]);
+    let memory = ram.memory();
+    let whole = memory.buf(0, 0x20000).unwrap();
+    assert_eq!(mappings_of(&whole), 1);
+    let pages: Vec<Buf> = (0..16).map(|nth| memory.buf(0x2000 * nth, 0x1000).unwrap()).collect();
+    ram.file(0).set_len(0).unwrap();
+    for page in &pages {
+        page.put(0, &[1]);
+    }
+    assert_eq!(mappings_of(&whole), 1);
+    drop((memory, whole));
+    assert_eq!(pages[7].to_vec()[..2], [1, 0], "still there");
+}
+
+#[test]
+fn a_broken_mapping_is_forgotten_when_it_goes() {
+    // Elsewhere, since other tests break mappings too.
+    if is_child() {
+        let rams = [Ram::new(&[(0, 0x2000)]), Ram::new(&[(0, 0x2000)])];
+        let memories = rams.each_ref().map(Ram::memory);
+        assert_eq!(fault::count(), 0);
+        for (ram, memory) in rams.iter().zip(&memories) {
+            ram.file(0).set_len(0).unwrap();
+            for at in [0, 0x1000] {
+                drop(memory.read(at, &mut [0])); // what it says is not the point
+            }
+        }
+        assert_eq!(fault::count(), 2);
+        let [first, second] = memories;
+        drop(first);
+        assert!(fault::count() == 1 && !second.is_whole());
+        drop(second);
+        assert_eq!(fault::count(), 0);
+        assert!(Ram::new(&[(0, 0x2000)]).memory().is_whole(), "in the place of a broken one");
+        return;
+    }
+    let status = in_child("a_broken_mapping_is_forgotten_when_it_goes");
+    assert!(status.success(), "{status}");
 }
 
 #[test]

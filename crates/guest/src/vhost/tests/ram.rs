@@ -41,12 +41,12 @@ impl Ram {
     }
 
     pub(super) fn memory(&self) -> Memory {
-        Memory::new(self.regions(), None).unwrap()
+        Memory::default().replaced_by(self.regions(), None).unwrap()
     }
 
     /// One part alone.
     pub(super) fn memory_of(&self, part: usize) -> Memory {
-        Memory::new(vec![self.regions().swap_remove(part)], None).unwrap()
+        Memory::default().replaced_by(vec![self.regions().swap_remove(part)], None).unwrap()
     }
 
     /// The file behind a part.

@@ -85,6 +85,34 @@ fn a_chain_may_be_as_long_as_the_ring() {
     assert!(matches!(desk.offer(head), Ok(Outcome::Asked(_))));
 }
 
+#[test]
+fn a_request_has_so_many_pieces_and_no_more() {
+    for (in_ring, in_table, is_good) in [(1, 1024, false), (1, 1023, true), (1023, 1, true), (1022, 3, false)]
+    {
+        let mut desk = Desk::with(WAYS, 1024, 0, None);
+        // The ring takes more room than in other tests.
+        let (head_at, table) = (0x20000, 0x28000);
+        desk.ram.write(head_at, &header(0, 0));
+        for index in 0..in_ring {
+            desk.driver.put_descriptor(index, head_at, if index == 0 { 16 } else { 0 }, NEXT, index + 1);
+        }
+        desk.driver.put_descriptor(in_ring, table, 16 * in_table, INDIRECT, 0);
+        let mut bytes = Vec::new();
+        for next in 1..in_table as u16 {
+            bytes.extend(descriptor(DATA, 0, NEXT | WRITE, next));
+        }
+        bytes.extend(descriptor(STATUS, 1, WRITE, 0));
+        desk.ram.write(table, &bytes);
+        desk.driver.offer(0);
+        match desk.take() {
+            Ok(_) => assert!(is_good, "{in_ring} and {in_table}"),
+            Err(error) => {
+                assert!(!is_good && error == RingError::Pieces, "{in_ring} and {in_table}: {error}")
+            }
+        }
+    }
+}
+
 /// What a ring says to this, where descriptors 0 to 2 hold a good request that is offered next.
 fn error(spoil: impl FnOnce(&mut Desk)) -> RingError {
     let mut desk = Desk::new();
@@ -202,6 +230,38 @@ fn without_event_indices_kicks_are_silenced_while_we_look() {
     desk.driver.offer(head);
     assert!(desk.queue.has_news());
     assert!(desk.queue.arm(), "what came before the driver was asked to kick");
+}
+
+#[test]
+fn a_wish_for_no_kicks_that_a_predecessor_left_is_taken_back() {
+    let mut desk = Desk::new();
+    desk.ram.put16(desk.driver.used, 1);
+    assert!(!desk.queue.arm(), "the ring is empty");
+    assert_eq!(desk.driver.used_flags(), 0);
+}
+
+#[test]
+fn a_wish_for_kicks_is_written_once_for_each_index() {
+    for event_idx in [false, true] {
+        let mut desk = Desk::with(Ways { event_idx, ..WAYS }, 16, 0, None);
+        let at = if event_idx { desk.driver.used + 4 + 8 * 16 } else { desk.driver.used };
+        assert!(!desk.queue.arm());
+        desk.ram.put16(at, 0xabc);
+        assert!(!desk.queue.arm());
+        assert_eq!(desk.ram.u16(at), 0xabc, "a line of memory that the driver keeps");
+        let head = desk.driver.indirect(TABLE, &READ);
+        desk.driver.offer(head);
+        assert!(desk.queue.arm(), "there is news without a word to the driver too");
+        assert_eq!(desk.ram.u16(at), 0xabc);
+        assert_eq!(desk.take_request().0, head);
+        assert!(!desk.queue.arm());
+        assert_eq!(desk.ram.u16(at), if event_idx { 1 } else { 0 });
+        // In other memory, nobody knows what is there.
+        desk.ram.put16(at, 0xabc);
+        desk.queue.move_to(&desk.memory, desk.driver.addresses()).unwrap();
+        assert!(!desk.queue.arm());
+        assert_eq!(desk.ram.u16(at), if event_idx { 1 } else { 0 });
+    }
 }
 
 #[test]
