@@ -211,14 +211,7 @@ impl Disk {
         Session::new(self.0.clone(), number)
     }
 
-    /// Takes a request that belongs to no session. It is answered once, later or before this returns.
-    ///
-    /// What a guest may not ask is answered here: EINVAL beyond the end, EPERM for a write to a read-only disk.
-    /// Interfaces check first, since their protocols have their own words for these.
-    pub fn submit(&self, request: Request) {
-        self.session().submit(request);
-    }
-
+    /// Takes a request of this session.
     pub(crate) fn take(asker: &Rc<Asker>, request: Request) {
         let inner = &asker.disk;
         let Request { op, reply } = request;

@@ -52,7 +52,10 @@ impl Session {
         }))
     }
 
-    /// Takes a request; see [`Disk::submit`].
+    /// Takes a request. It is answered once, later or before this returns, unless it is left.
+    ///
+    /// What a guest may not ask is answered here: EINVAL beyond the end, EPERM for a write to a read-only disk.
+    /// Interfaces check first, since their protocols have their own words for these.
     pub fn submit(&self, request: Request) {
         Disk::take(&self.0, request);
     }

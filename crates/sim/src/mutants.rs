@@ -17,7 +17,7 @@ const SEEDS: &str = "2000";
 /// Beyond this a run counts as hanging, which is a catch too.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Sources that are copied; nothing else is needed to build the simulation.
-const COPIED: [&str; 6] = ["Cargo.toml", "Cargo.lock", "crates", "bench", "xtask", ".cargo"];
+const COPIED: [&str; 7] = ["Cargo.toml", "Cargo.lock", "crates", "bench", "lab", "xtask", ".cargo"];
 
 /// One mistake.
 #[derive(Debug)]

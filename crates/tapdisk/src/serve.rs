@@ -146,13 +146,21 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         }
         tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
         // Guests first: what is held for one stays with it for whoever serves it next.
-        guests.drain().await;
+        let guests_live_on = guests.drain().await;
         disk.give_up_held();
         server.drain().await;
         let flushed = disk.close().await;
         disk.log_state();
-        // Whoever told it to stop learns from its end what is lost, and starts it anew knowing that.
-        record.iter().for_each(Record::forget);
+        // Whoever told it to stop learns from its end what is lost, and starts it anew knowing that. Guests that live on
+        // do not: for them the next one is the same disk.
+        if !guests_live_on {
+            record.iter().for_each(Record::forget);
+        } else if disk.poison().is_some() {
+            tracing::warn!(
+                disk = disk.name(),
+                "stays poisoned, since a guest lives on: shut the guest down, then stop and start tapdisk once more"
+            );
+        }
         flushed.context("data that clients were told is written may be lost")
     })
 }

@@ -37,12 +37,14 @@ pub struct Wish {
     pub region_len: u64,
     /// Whether regions are told one by one (`ADD_MEM_REG`) and not in a table (`SET_MEM_TABLE`).
     pub slots: bool,
+    /// Whether the configuration is read first, as monitors do when they start; never again after that.
+    pub reads_config: bool,
     /// How long anything may take.
     pub patience: Duration,
 }
 
 impl Default for Wish {
-    /// One queue of 128, one region of 16 MiB, what Linux takes, no record, a minute.
+    /// One queue of 128, one region of 16 MiB, what Linux takes, no record, the configuration is read, a minute.
     fn default() -> Wish {
         Wish {
             queues: 1,
@@ -52,6 +54,7 @@ impl Default for Wish {
             regions: 1,
             region_len: 16 << 20,
             slots: true,
+            reads_config: true,
             patience: Duration::from_secs(60),
         }
     }
@@ -69,6 +72,8 @@ pub struct Driver {
     regions: Vec<Region>,
     queues: Vec<Queue>,
     inflight: Option<(VhostUserInflight, File)>,
+    /// Where the back end says that it has stopped a ring.
+    failure: EventFd,
     tickets: u64,
     /// Answers that came while another was waited for.
     early: HashMap<Ticket, Answer>,
@@ -118,6 +123,9 @@ impl Driver {
     /// Connects and sets up everything.
     pub fn connect(socket: &Path, wish: &Wish) -> Result<Driver> {
         let mut link = Link::connect(socket, wish.queues, wish.features, wish.patience)?;
+        if wish.reads_config {
+            link.config()?;
+        }
         let mut regions = Vec::new();
         for number in 0..wish.regions {
             let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)?;
@@ -142,8 +150,9 @@ impl Driver {
             true => Some(link.make_inflight(wish.queues, wish.queue_len)?),
             false => None,
         };
-        let (tickets, early) = (0, HashMap::new());
-        let mut driver = Driver { link, wish: wish.clone(), regions, queues, inflight, tickets, early };
+        let (failure, tickets, early) = (EventFd::new(EFD_NONBLOCK)?, 0, HashMap::new());
+        let mut driver =
+            Driver { link, wish: wish.clone(), regions, queues, inflight, failure, tickets, early };
         driver.set_up()?;
         Ok(driver)
     }
@@ -248,10 +257,37 @@ impl Driver {
 
     /// How often the device has called since this was last asked, other than while an answer was waited for.
     pub fn calls(&self, queue: usize) -> Result<u64> {
-        match self.queues[queue].call.read() {
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(0),
-            calls => Ok(calls?),
-        }
+        rings_of(&self.queues[queue].call)
+    }
+
+    /// Lets the back end say that it has stopped a ring (`SET_VRING_ERR`).
+    pub fn listen_for_failures(&mut self, queue: usize) -> Result<()> {
+        Ok(self.link.talk().set_vring_err(queue, &self.failure)?)
+    }
+
+    /// How often it has said so since this was last asked.
+    pub fn failures(&self) -> Result<u64> {
+        rings_of(&self.failure)
+    }
+
+    /// The head of a request that is not answered.
+    pub fn head_of(&self, ticket: Ticket) -> Option<u16> {
+        self.found(ticket).map(|(_, head)| head)
+    }
+
+    fn found(&self, ticket: Ticket) -> Option<(usize, u16)> {
+        self.queues.iter().enumerate().find_map(|(number, queue)| {
+            queue.open.iter().find(|(_, open)| open.ticket == ticket).map(|(head, _)| (number, *head))
+        })
+    }
+
+    /// Says another address for a piece of a request that is prepared and whose descriptors are in the ring.
+    pub fn move_piece(&mut self, ticket: Ticket, nth: usize, address: u64) -> Result<()> {
+        let (number, head) = self.found(ticket).ok_or("no such request")?;
+        let queue = &self.queues[number];
+        let index = queue.open[&head].descriptors[nth];
+        queue.ring.move_to(index, address);
+        Ok(())
     }
 
     /// What the device says of itself.
@@ -441,6 +477,14 @@ impl Driver {
 impl Region {
     fn info(&self) -> vhost::VhostUserMemoryRegionInfo {
         Link::region_info(&self.memory, self.guest, self.offset)
+    }
+}
+
+/// How often an eventfd was written since it was last read.
+fn rings_of(eventfd: &EventFd) -> Result<u64> {
+    match eventfd.read() {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(0),
+        count => Ok(count?),
     }
 }
 

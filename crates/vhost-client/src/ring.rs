@@ -100,6 +100,11 @@ impl Ring {
         self.memory.put(at, &descriptor(piece, flags, next));
     }
 
+    /// Says another address in a descriptor.
+    pub fn move_to(&self, index: u16, address: u64) {
+        self.memory.put(self.at + u64::from(index) * DESCRIPTOR_LEN, &address.to_le_bytes());
+    }
+
     /// Takes so many free descriptors.
     pub fn take(&mut self, count: usize) -> Option<Vec<u16>> {
         let rest = self.free.len().checked_sub(count)?;

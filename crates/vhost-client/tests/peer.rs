@@ -32,13 +32,19 @@ impl Daemon {
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-storage-daemon is installed");
-        let daemon = Daemon { child, directory };
+        Daemon { child, directory }
+    }
+
+    /// The first connection, for which it may have to get ready.
+    fn connect(&self, wish: &Wish) -> Driver {
         let started = Instant::now();
-        while !daemon.socket().exists() {
-            assert!(started.elapsed() < Duration::from_secs(40), "it makes its socket");
+        loop {
+            match Driver::connect(&self.socket(), wish) {
+                Ok(driver) => return driver,
+                Err(error) => assert!(started.elapsed() < Duration::from_secs(40), "{error}"),
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
-        daemon
     }
 
     fn socket(&self) -> PathBuf {
@@ -69,7 +75,7 @@ fn every_request_is_understood_however_it_is_cut_and_wherever_it_lies() {
         [(1, feature::LINUX), (3, feature::LINUX), (2, feature::LINUX & !feature::EVENT_IDX)]
     {
         let wish = Wish { regions, features, ..Wish::default() };
-        let mut driver = Driver::connect(&daemon.socket(), &wish).unwrap();
+        let mut driver = daemon.connect(&wish);
         let config = driver.config().unwrap();
         assert_eq!((config.capacity(), config.blk_size()), (SIZE / 512, 512));
         assert_eq!(config.num_queues(), 1);
@@ -99,7 +105,7 @@ fn every_request_is_understood_however_it_is_cut_and_wherever_it_lies() {
 fn many_requests_on_several_queues_find_their_answers() {
     let daemon = Daemon::start(",writable=on,num-queues=3");
     let wish = Wish { queues: 3, queue_len: 64, ..Wish::default() };
-    let mut driver = Driver::connect(&daemon.socket(), &wish).unwrap();
+    let mut driver = daemon.connect(&wish);
     for turn in 0..200_u64 {
         let mut tickets = Vec::new();
         for number in 0..30 {
@@ -120,7 +126,7 @@ fn many_requests_on_several_queues_find_their_answers() {
 #[test]
 fn a_ring_stops_goes_on_and_survives_a_new_connection() {
     let daemon = Daemon::start(",writable=on");
-    let mut driver = Driver::connect(&daemon.socket(), &Wish::default()).unwrap();
+    let mut driver = daemon.connect(&Wish::default());
     for number in 0..100_u64 {
         let bytes = pattern(512, number as u8);
         assert_eq!(driver.ask(&Request::write(number * 512, &bytes)).unwrap().status, Status::OK);
@@ -139,7 +145,7 @@ fn a_ring_stops_goes_on_and_survives_a_new_connection() {
 #[test]
 fn who_hangs_up_is_noticed() {
     let mut daemon = Daemon::start("");
-    let mut driver = Driver::connect(&daemon.socket(), &Wish::default()).unwrap();
+    let mut driver = daemon.connect(&Wish::default());
     daemon.child.kill().unwrap();
     daemon.child.wait().unwrap();
     let error = driver.ask(&Request::read(0, 512)).unwrap_err().to_string();

@@ -201,7 +201,7 @@ async fn serve(handle: Handle, choice: Rc<Choice>, guest: Rc<Guest>, disk: Rc<Mo
         id: "fuzzed".into(),
         pin_memory: false,
     };
-    let device = Device::new(&handle, disk.clone(), settings);
+    let device = Device::new(&handle, disk.clone(), settings, Rc::default());
     device.set_features(choice.features()).expect("offered");
     device.set_memory(guest.regions()).expect("regions that do not overlap");
     if let Some((record, len)) = &guest.record {

@@ -22,9 +22,23 @@ const FDS_MAX: usize = 32;
 pub(super) struct Preview {
     /// The message hands over this end of a channel.
     pub(super) channel: Option<OwnedFd>,
-    /// The front end wants to be told whether it worked (REPLY_ACK), and so learns of a refusal.
-    pub(super) wants_reply: bool,
+    request: u32,
+    /// The front end wants to be told whether it worked (REPLY_ACK).
+    wants_reply: bool,
 }
+
+impl Preview {
+    /// Whether the front end is told if the message is refused. Those that have a reply of their own are not
+    /// acknowledged besides, so that there would be nothing.
+    pub(super) fn is_acknowledged(&self) -> bool {
+        self.wants_reply && ACKNOWLEDGED.contains(&self.request)
+    }
+}
+
+/// The requests without a reply of their own: SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE, SET_VRING_NUM,
+/// SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR, SET_PROTOCOL_FEATURES,
+/// SET_VRING_ENABLE, SET_BACKEND_REQ_FD, SET_CONFIG, SET_INFLIGHT_FD, RESET_DEVICE, ADD_MEM_REG and REM_MEM_REG.
+const ACKNOWLEDGED: &[u32] = &[2, 3, 4, 5, 8, 9, 10, 12, 13, 14, 16, 18, 21, 25, 32, 34, 37, 38];
 
 /// Waits for the next message and looks at it without taking it.
 ///
@@ -59,8 +73,9 @@ pub(super) fn preview(socket: BorrowedFd<'_>) -> rustix::io::Result<Preview> {
         return Ok(Preview::default());
     }
     let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    let channel = if word(0) == SET_BACKEND_REQ_FD { fds.pop() } else { None };
-    Ok(Preview { channel, wants_reply: word(4) & NEED_REPLY != 0 })
+    let request = word(0);
+    let channel = if request == SET_BACKEND_REQ_FD { fds.pop() } else { None };
+    Ok(Preview { channel, request, wants_reply: word(4) & NEED_REPLY != 0 })
 }
 
 /// The flag of a message whose sender wants to be told whether it worked.
@@ -105,7 +120,7 @@ mod tests {
         send(&front, 21, 1 | 8, &[theirs.as_fd()]);
         drop(theirs);
         let preview = preview(back.as_fd()).unwrap();
-        assert!(preview.wants_reply);
+        assert!(preview.is_acknowledged());
         let mut taken = [0; 12];
         (&back).read_exact(&mut taken).unwrap();
         assert_eq!(taken[..4], 21u32.to_ne_bytes());
@@ -121,13 +136,24 @@ mod tests {
         let (mut front, back) = UnixStream::pair().unwrap();
         send(&front, 5, 1, &[back.as_fd(), back.as_fd()]);
         let seen = preview(back.as_fd()).unwrap();
-        assert!(seen.channel.is_none() && !seen.wants_reply);
+        assert!(seen.channel.is_none() && !seen.is_acknowledged());
         (&back).read_exact(&mut [0; 12]).unwrap();
         front.write_all(&[21]).unwrap();
         assert!(preview(back.as_fd()).unwrap().channel.is_none());
         drop(front);
         (&back).read_exact(&mut [0; 1]).unwrap();
         assert!(preview(back.as_fd()).unwrap().channel.is_none(), "the end of the stream");
+    }
+
+    #[test]
+    fn what_has_a_reply_of_its_own_is_not_acknowledged() {
+        let (front, back) = UnixStream::pair().unwrap();
+        // GET_VRING_BASE and GET_INFLIGHT_FD with NEED_REPLY, SET_VRING_NUM with it and without.
+        for (request, flags, told) in [(11, 9, false), (31, 9, false), (8, 9, true), (8, 1, false)] {
+            send(&front, request, flags, &[]);
+            assert_eq!(preview(back.as_fd()).unwrap().is_acknowledged(), told, "{request} {flags}");
+            (&back).read_exact(&mut [0; 12]).unwrap();
+        }
     }
 
     #[test]

@@ -39,6 +39,16 @@ const SPACE_LEN: usize = 256;
 /// Where the byte is that says whether there is a write cache.
 const WCE_AT: usize = 32;
 
+/// Whether these bytes of the configuration space tell how large the disk is.
+pub(crate) fn holds_capacity(offset: u32, len: u32) -> bool {
+    offset == 0 && len >= 8
+}
+
+/// Whether these bytes of the configuration space tell of the write cache.
+pub(crate) fn holds_wce(offset: u32, len: u32) -> bool {
+    (offset as usize) <= WCE_AT && WCE_AT < (offset as usize).saturating_add(len as usize)
+}
+
 /// What a disk's configuration is made from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {

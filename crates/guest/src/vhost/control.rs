@@ -36,6 +36,8 @@ pub(super) enum Job {
     Do(Work),
     /// This end of the channel for our own messages was handed over.
     Channel(std::os::fd::OwnedFd),
+    /// A message was refused, and the front end was told so.
+    Refused(std::io::Error),
     /// No message will follow: why.
     End(End),
 }
@@ -91,14 +93,15 @@ fn attend(stream: UnixStream, queues: u16, jobs: Sender<Job>) -> End {
         Ok(socket) => socket,
         Err(error) => return End::Failed(error),
     };
-    let messages = Arc::new(Mutex::new(Messages { jobs: jobs.clone(), queues, tells_refusals: false }));
+    let messages = Messages { jobs: jobs.clone(), queues, has_reply_ack: false, has_told_features: false };
+    let messages = Arc::new(Mutex::new(messages));
     let mut handler = BackendReqHandler::from_stream(stream, messages.clone());
     loop {
-        let preview = match channel::preview(socket.as_fd()) {
+        let mut preview = match channel::preview(socket.as_fd()) {
             Ok(preview) => preview,
             Err(errno) => return End::Failed(errno.into()),
         };
-        if let Some(fd) = preview.channel {
+        if let Some(fd) = preview.channel.take() {
             jobs.send(Job::Channel(fd));
         }
         match handler.handle_request() {
@@ -106,9 +109,10 @@ fn attend(stream: UnixStream, queues: u16, jobs: Sender<Job>) -> End {
             Err(Error::Disconnected | Error::PartialMessage) => return End::Closed,
             // Refused and told so: what becomes of it is the front end's affair.
             Err(Error::ReqHandlerError(error))
-                if preview.wants_reply && messages.lock().is_ok_and(|messages| messages.tells_refusals) =>
+                if preview.is_acknowledged()
+                    && messages.lock().is_ok_and(|messages| messages.acknowledges()) =>
             {
-                tracing::warn!(%error, "a message of the front end was refused");
+                jobs.send(Job::Refused(error));
             }
             Err(Error::SocketError(error) | Error::SocketBroken(error)) => return End::Failed(error),
             Err(error) => return End::Refused(error),
@@ -121,10 +125,17 @@ struct Messages {
     jobs: Sender<Job>,
     queues: u16,
     /// REPLY_ACK is agreed on.
-    tells_refusals: bool,
+    has_reply_ack: bool,
+    /// GET_FEATURES was answered: before that the library takes no notice of REPLY_ACK.
+    has_told_features: bool,
 }
 
 impl Messages {
+    /// Whether the library tells the front end what became of a message that asks for it.
+    fn acknowledges(&self) -> bool {
+        self.has_reply_ack && self.has_told_features
+    }
+
     /// Does something with the device, on the disk's thread, and waits for it.
     fn ask<T, F>(&self, work: F) -> Result<T>
     where
@@ -192,6 +203,7 @@ impl VhostUserBackendReqHandlerMut for Messages {
     }
 
     fn get_features(&mut self) -> Result<u64> {
+        self.has_told_features = true;
         self.tell(|device| Ok(device.features()))
     }
 
@@ -261,7 +273,7 @@ impl VhostUserBackendReqHandlerMut for Messages {
             let found = format!("protocol features {unknown:#x} were not offered ({offered:#x} were)");
             return Err(Error::ReqHandlerError(std::io::Error::other(found)));
         }
-        self.tells_refusals = features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+        self.has_reply_ack = features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
         Ok(())
     }
 
@@ -279,7 +291,7 @@ impl VhostUserBackendReqHandlerMut for Messages {
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         let bytes = bytes.to_vec();
-        self.tell(move |device| device.set_config(offset, &bytes))
+        self.ask(move |device| Box::pin(async move { device.set_config(offset, &bytes).await }))
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

@@ -8,7 +8,7 @@ use block::{Answer, Errno, Op, Payload, Reply, Request, Ticket};
 use runtime::{BoxFuture, Fd, Handle, join_all};
 
 use super::bell::{self, NoBell};
-use super::config::{Shape, feature};
+use super::config::{self, Shape, feature};
 use super::fault;
 use super::inflight::{Inflight, InflightError};
 use super::memory::{MapError, Memory, RegionSpec};
@@ -17,6 +17,7 @@ use super::request::{ID_LEN, Terms};
 use super::ring::{self, Addresses, Ring, Ways};
 use super::run::{Bells, Failure, Run};
 use crate::complaints::Complaints;
+use crate::signal::Signal;
 use crate::{Disk, Session};
 
 /// Regions of memory that a front end may have, which is as many as KVM has for a guest.
@@ -68,6 +69,8 @@ pub(crate) enum Violation {
     Bell { index: u32, reason: NoBell },
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    #[error("the write cache cannot be turned off, since what is in it cannot be made durable: {0}")]
+    WriteCache(Errno),
     #[error("an in-flight region for {found} rings: there are {queues}")]
     InflightQueues { found: u16, queues: u16 },
 }
@@ -81,7 +84,10 @@ pub(crate) struct Common {
     memory: RefCell<Rc<Memory>>,
     features: Cell<u64>,
     wce: Cell<bool>,
-    complaints: Complaints,
+    /// Whether the front end has learnt of it on this connection, or a predecessor has noted it. If not, the guest may
+    /// believe something else: monitors keep what they once read, and do not say it again to a successor of ours.
+    wce_is_known: Cell<bool>,
+    complaints: Rc<Complaints>,
 }
 
 impl Common {
@@ -106,11 +112,16 @@ impl Common {
 
     /// What requests are measured by at the moment: the disk may have grown.
     pub(crate) fn terms(&self) -> Terms {
-        let (shape, features) = (self.shape(), self.features.get());
-        // A guest that was told of no write cache sends no flush, and one that turned it off sends none either.
-        let durable = features & feature::FLUSH == 0 || !self.wce.get();
+        let (shape, features, durable) = (self.shape(), self.features.get(), self.is_durable());
         let (capacity, block) = (shape.capacity(), shape.block);
         Terms { capacity, block, read_only: shape.limits.read_only, features, durable, id: self.id }
+    }
+
+    /// Whether what changes the disk is to be durable before its answer: a guest that was told of no write cache sends
+    /// no flush, and one that turned it off sends none either.
+    #[inline]
+    pub(crate) fn is_durable(&self) -> bool {
+        self.features.get() & feature::FLUSH == 0 || !self.wce.get() || !self.wce_is_known.get()
     }
 
     /// Tells of a ring that cannot go on, unless a hostile guest made us tell too much lately.
@@ -148,13 +159,20 @@ pub(crate) struct Device {
     inflight: RefCell<Option<Rc<Inflight>>>,
     /// For the flush that turning the write cache off asks for.
     session: Box<dyn Session>,
+    /// Bytes of the disk as the front end has last read them on this connection.
+    told_capacity: Cell<Option<u64>>,
     /// The connection has ended: no ring starts any more.
     ended: Cell<bool>,
 }
 
 impl Device {
     /// A device that nobody has set up yet.
-    pub(crate) fn new(handle: &Handle, disk: Rc<dyn Disk>, settings: Settings) -> Rc<Device> {
+    pub(crate) fn new(
+        handle: &Handle,
+        disk: Rc<dyn Disk>,
+        settings: Settings,
+        complaints: Rc<Complaints>,
+    ) -> Rc<Device> {
         assert!(settings.queues > 0 && matches!(settings.block, 512 | 4096), "{settings:?}");
         let mut id = [0; ID_LEN];
         for (to, from) in id.iter_mut().zip(settings.id.bytes()) {
@@ -170,9 +188,17 @@ impl Device {
             memory: RefCell::default(),
             features: Cell::new(0),
             wce: Cell::new(true),
-            complaints: Complaints::default(),
+            wce_is_known: Cell::new(false),
+            complaints,
         });
-        Rc::new(Device { common, rings, inflight: RefCell::default(), session, ended: Cell::new(false) })
+        Rc::new(Device {
+            common,
+            rings,
+            inflight: RefCell::default(),
+            session,
+            told_capacity: Cell::new(None),
+            ended: Cell::new(false),
+        })
     }
 
     /// GET_FEATURES.
@@ -198,24 +224,44 @@ impl Device {
 
     /// GET_CONFIG.
     pub(crate) fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, Violation> {
-        self.common.shape().read(offset, len).ok_or(Violation::Config { offset, len })
+        let bytes = self.common.shape().read(offset, len).ok_or(Violation::Config { offset, len })?;
+        if config::holds_capacity(offset, len) {
+            self.told_capacity.set(Some(self.common.shape().capacity()));
+        }
+        if config::holds_wce(offset, len) {
+            self.common.wce_is_known.set(true);
+        }
+        Ok(bytes)
     }
 
-    /// SET_CONFIG.
-    pub(crate) fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Violation> {
+    /// SET_CONFIG: the guest turns its write cache on or off.
+    ///
+    /// Once it is off the guest believes that all it has written is durable. So what was answered is made durable
+    /// before this returns, and what is out, before its answer.
+    pub(crate) async fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Violation> {
         let change = || Violation::ConfigChange { offset, len: bytes.len() };
         let wce = self.common.shape().write(offset, bytes).ok_or_else(change)?;
-        let was_on = self.common.wce.replace(wce);
+        let was_on = self.set_wce(wce);
+        if was_on && !wce {
+            let flushed = Rc::new(Flushed::default());
+            let reply = Reply::new(flushed.clone(), Ticket(0));
+            self.session.submit(Request { op: Op::Flush, reply });
+            flushed.over.wait().await;
+            if let Some(errno) = flushed.errno.get() {
+                self.set_wce(true);
+                return Err(Violation::WriteCache(errno));
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes it where a successor finds it, and says whether it was on, or may have been.
+    fn set_wce(&self, wce: bool) -> bool {
+        let was_on = self.common.wce.replace(wce) || !self.common.wce_is_known.replace(true);
         if let Some(inflight) = &*self.inflight.borrow() {
             inflight.set_wce(wce);
         }
-        if was_on && !wce {
-            // From now on the guest believes that all it has written is durable.
-            let disk = self.common.settings.name.clone();
-            let reply = Reply::new(Rc::new(Unasked { disk }), Ticket(0));
-            self.session.submit(Request { op: Op::Flush, reply });
-        }
-        Ok(())
+        was_on
     }
 
     /// SET_MEM_TABLE: these regions in the place of all others. Rings that run go on with them; I/O under way keeps
@@ -346,7 +392,7 @@ impl Device {
         let ring = self.ring(index)?;
         let call = self.bell(index, fd)?;
         let mut setup = ring.borrow_mut();
-        setup.call = call.clone();
+        self.give_up(std::mem::replace(&mut setup.call, call.clone()));
         if let Some(run) = &setup.run {
             run.set_call(call);
         }
@@ -358,11 +404,18 @@ impl Device {
         let ring = self.ring(index)?;
         let err = self.bell(index, fd)?;
         let mut setup = ring.borrow_mut();
-        setup.err = err.clone();
+        self.give_up(std::mem::replace(&mut setup.err, err.clone()));
         if let Some(run) = &setup.run {
             run.set_err(err);
         }
         Ok(())
+    }
+
+    /// Waits no longer for room in an eventfd that was replaced.
+    fn give_up(&self, bell: Option<Rc<Fd>>) {
+        if let Some(bell) = bell {
+            self.common.handle.end_signal(&bell);
+        }
     }
 
     fn bell(&self, index: u32, fd: Option<OwnedFd>) -> Result<Option<Rc<Fd>>, Violation> {
@@ -414,8 +467,17 @@ impl Device {
         let inflight = Inflight::open(fd.as_fd(), len, offset, queues, queue_len)?;
         if let Some(wce) = inflight.wce() {
             self.common.wce.set(wce);
+            self.common.wce_is_known.set(true);
+            if !wce {
+                // The predecessor may have died between its note and its flush.
+                let disk = self.common.settings.name.clone();
+                let reply = Reply::new(Rc::new(Unasked { disk }), Ticket(0));
+                self.session.submit(Request { op: Op::Flush, reply });
+            }
         }
-        inflight.set_wce(self.common.wce.get());
+        if self.common.wce_is_known.get() {
+            inflight.set_wce(self.common.wce.get());
+        }
         *self.inflight.borrow_mut() = Some(Rc::new(inflight));
         Ok(())
     }
@@ -436,7 +498,7 @@ impl Device {
             *setup.borrow_mut() = Setup::default();
         }
         self.common.features.set(0);
-        self.common.wce.set(true);
+        // Not the write cache: the front end keeps what the guest has chosen, and does not say it again.
     }
 
     /// The connection has ended, or the process is to end: takes nothing more, and waits until the kernel is done with
@@ -449,6 +511,22 @@ impl Device {
         for setup in &self.rings {
             setup.borrow_mut().run = None;
         }
+    }
+
+    /// Whether the guest runs and its front end may not know how large the disk is.
+    pub(crate) fn has_untold_size(&self) -> bool {
+        let runs = self.rings.iter().any(|setup| setup.borrow().run.is_some());
+        runs && self.told_capacity.get() != Some(self.common.shape().capacity())
+    }
+
+    /// Ends when the disk's size changes next.
+    pub(crate) fn resized(&self) -> BoxFuture<'static, ()> {
+        self.common.disk.resized()
+    }
+
+    /// Whether there is a record of the guest's requests, so that it lives on when we end.
+    pub(crate) fn has_record(&self) -> bool {
+        self.inflight.borrow().is_some()
     }
 
     fn runs(&self) -> Vec<Rc<Run>> {
@@ -493,6 +571,36 @@ impl Device {
     }
 }
 
+/// A flush that is waited for.
+#[derive(Default)]
+struct Flushed {
+    over: Signal,
+    errno: Cell<Option<Errno>>,
+}
+
+impl Answer for Flushed {
+    fn answer(&self, _: Ticket, result: Result<Payload, Errno>) {
+        self.errno.set(result.err());
+        self.over.happen();
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // Its rings have stopped, unless a panic came in between. The front end that comes next may show the same memory.
+        for setup in &self.rings {
+            let setup = setup.borrow();
+            if let Some(run) = &setup.run {
+                run.abandon();
+            }
+            [&setup.call, &setup.err]
+                .into_iter()
+                .flatten()
+                .for_each(|bell| self.common.handle.end_signal(bell));
+        }
+    }
+}
+
 /// A flush that no guest asked for.
 struct Unasked {
     disk: String,
@@ -502,7 +610,7 @@ impl Answer for Unasked {
     fn answer(&self, _: Ticket, result: Result<Payload, Errno>) {
         if let Err(errno) = result {
             let disk = &*self.disk;
-            tracing::error!(disk, %errno, "the guest turned its write cache off, and the flush for that failed");
+            tracing::error!(disk, %errno, "the guest has turned its write cache off, and the flush for that failed");
         }
     }
 }

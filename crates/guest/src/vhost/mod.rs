@@ -17,6 +17,7 @@ mod control;
 mod device;
 #[allow(unsafe_code)] // one of the few rooms: handles the signal for memory that is gone
 mod fault;
+mod growth;
 mod inflight;
 #[allow(unsafe_code)] // one of the few rooms: memory that a guest shares
 mod memory;

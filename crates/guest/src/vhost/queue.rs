@@ -34,6 +34,8 @@ struct Head {
     /// The first error by severity.
     errno: Option<Errno>,
     kind: Option<OpKind>,
+    /// It changes the disk, and was not asked to be durable.
+    is_unsynced: bool,
     /// Bytes that were written for the driver if all is well, besides the status.
     written: u32,
     status: Option<Byte>,
@@ -100,10 +102,12 @@ impl Queue {
         match judged.verdict {
             Verdict::Serve(op, written) => {
                 (state.kind, state.written, state.parts) = (Some(op.kind()), written, 1);
+                state.is_unsynced = op.kind().changes() && !op.fua();
                 Ok(Taken::Request(head, op))
             }
             Verdict::ServeAll(ops) => {
                 (state.kind, state.parts) = (ops.first().map(Op::kind), ops.len() as u16);
+                state.is_unsynced = ops.iter().any(|op| op.kind().changes() && !op.fua());
                 Ok(Taken::Parts(head, ops))
             }
             Verdict::Answer(status, written) => {
@@ -126,6 +130,12 @@ impl Queue {
         self.heads[usize::from(head)].is_out = true;
         self.ring.advance();
         Ok(Some(head))
+    }
+
+    /// Whether a request that is out changes the disk and was taken with a write cache in mind.
+    #[inline]
+    pub(crate) fn is_unsynced(&self, head: u16) -> bool {
+        self.heads[usize::from(head)].is_unsynced
     }
 
     /// A part of a request is over. `memory_is_whole` says whether no memory was cut short meanwhile: what was read

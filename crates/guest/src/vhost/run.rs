@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker};
 
 use block::{Answer, Errno, Op, Payload, Reply, Request, Ticket};
@@ -16,6 +16,8 @@ use super::queue::{Queue, Taken};
 use super::ring::{Addresses, RingError};
 use crate::{GiveUp, Session};
 
+/// In a ticket: what is answered is the sync that a request waits for.
+const SYNC: u64 = 1 << 32;
 /// Requests that a ring may have taken before others get their turn.
 const TURN: usize = 64;
 
@@ -58,6 +60,9 @@ pub(crate) struct Run {
     call: RefCell<Option<Rc<Fd>>>,
     err: RefCell<Option<Rc<Fd>>>,
     watch: RefCell<Option<Watch>>,
+    /// Syncs that are to be submitted.
+    syncs: Cell<usize>,
+    me: Weak<Run>,
 }
 
 /// The eventfds of a ring.
@@ -78,7 +83,7 @@ impl Run {
         bells: Bells,
         enabled: bool,
     ) -> Rc<Run> {
-        let run = Rc::new(Run {
+        let run = Rc::new_cyclic(|me| Run {
             index,
             handle: common.handle.clone(),
             common: common.clone(),
@@ -94,6 +99,8 @@ impl Run {
             call: RefCell::default(),
             err: RefCell::new(bells.err),
             watch: RefCell::default(),
+            syncs: Cell::new(0),
+            me: me.clone(),
         });
         run.set_call(bells.call);
         *run.watch.borrow_mut() = Some(run.handle.watch(run.clone()));
@@ -221,6 +228,19 @@ impl Run {
         *self.err.borrow_mut() = err;
     }
 
+    /// Makes durable what a request has done before it is answered: the write cache was turned off meanwhile, so no
+    /// flush of the guest's will come for it.
+    fn sync_first(&self, ticket: Ticket) {
+        // A task, since an answer must not submit.
+        let Some(run) = self.me.upgrade() else { return };
+        self.syncs.set(self.syncs.get() + 1);
+        self.handle.spawn(async move {
+            let reply = Reply::new(run.clone(), Ticket(ticket.0 | SYNC));
+            run.session.submit(Request { op: Op::Flush, reply });
+            run.syncs.set(run.syncs.get() - 1);
+        });
+    }
+
     fn call(&self) {
         if let Some(call) = &*self.call.borrow() {
             self.handle.signal(call);
@@ -244,10 +264,23 @@ impl Run {
         self.end(GiveUp::Tell).await;
     }
 
+    /// Does nothing any more with the ring or its memory, as far as that is in our hands: after a panic.
+    pub(crate) fn abandon(&self) {
+        self.state.set(State::Muted);
+        self.wake();
+        self.watch.take();
+    }
+
     async fn end(&self, how: GiveUp) -> u16 {
         self.wake();
         self.session.stop(how).await;
+        while self.syncs.get() > 0 {
+            self.handle.yield_now().await;
+            self.session.stop(how).await;
+        }
         self.settle();
+        // The last signal is to be with the guest before it hears that the ring has stopped.
+        self.handle.turn().await;
         self.watch.take();
         self.kicked.take();
         self.queue.borrow().base()
@@ -259,8 +292,16 @@ impl Answer for Run {
         if self.state.get() == State::Muted {
             return;
         }
+        let head = ticket.0 as u16;
+        if result.is_ok()
+            && ticket.0 & SYNC == 0
+            && self.common.is_durable()
+            && self.queue.borrow().is_unsynced(head)
+        {
+            return self.sync_first(ticket);
+        }
         let is_whole = self.common.memory_is_whole();
-        self.queue.borrow_mut().answer(ticket.0 as u16, result.map(|_payload| ()), is_whole);
+        self.queue.borrow_mut().answer(head, result.map(|_payload| ()), is_whole);
     }
 
     fn leave(&self, ticket: Ticket) {

@@ -1,15 +1,18 @@
 //! A server of vhost-user-blk: one front end after the other on each socket.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::task::Poll;
 
 use runtime::{Handle, Mailbox};
 
-use super::channel;
 use super::control::{self, End, Job};
 use super::device::{Device, Settings};
+use super::growth::Teller;
 use crate::Disk;
 use crate::complaints::Complaints;
 use crate::listen::{Door, Listener, Origin};
@@ -28,7 +31,11 @@ struct Shared {
     /// Set when the last listener is gone after that.
     emptied: Signal,
     listeners: Cell<usize>,
-    complaints: Complaints,
+    /// Shared by all connections, since a front end may come as often as it likes.
+    complaints: Rc<Complaints>,
+    comings: Complaints,
+    /// A front end was connected at the end whose guest lives on.
+    left_guests: Cell<bool>,
 }
 
 impl Server {
@@ -41,7 +48,9 @@ impl Server {
             closing: Signal::default(),
             emptied: Signal::default(),
             listeners: Cell::new(0),
-            complaints: Complaints::default(),
+            complaints: Rc::default(),
+            comings: Complaints::default(),
+            left_guests: Cell::new(false),
         }))
     }
 
@@ -68,11 +77,13 @@ impl Server {
     /// Ends all connections and waits until the kernel is done with what the guests have asked for.
     ///
     /// Requests that are held, or that are tried again later, stay in the guest's inflight region for who serves it
-    /// next; without such a region they are answered with their error.
-    pub async fn drain(&self) {
+    /// next; without such a region they are answered with their error. True if there is such a guest: it lives on, and
+    /// takes whoever comes next for the same disk.
+    pub async fn drain(&self) -> bool {
         self.0.closing.happen();
         self.0.tell_if_empty();
         self.0.emptied.wait().await;
+        self.0.left_guests.get()
     }
 }
 
@@ -80,10 +91,12 @@ impl Shared {
     async fn serve_all(self: &Rc<Self>, mut door: Door) {
         while let Some(socket) = door.next(&self.closing).await {
             let peer = Origin::of(&socket).to_string();
-            tracing::info!(peer, "front end connected");
+            if let Some(untold) = self.comings.admit(self.handle.now()) {
+                tracing::info!(peer, untold, "front end connected");
+            }
             // A task of its own: should it panic, the next front end is served all the same.
             let ended = Rc::new(Signal::default());
-            let guard = EndOfConnection(ended.clone());
+            let guard = SaysSo(ended.clone());
             let shared = self.clone();
             self.handle.spawn(async move {
                 let _guard = guard;
@@ -99,49 +112,89 @@ impl Shared {
         let started =
             stream.try_clone().and_then(|stream| control::start(stream, self.settings.queues, jobs.sender()));
         if let Err(error) = started {
-            return tracing::error!(peer, %error, "no thread for the front end's messages: it is sent away");
+            let what = "no thread for a front end's messages: it is sent away";
+            return self.complain(|untold| tracing::error!(peer, %error, untold, what));
         }
         let hang_up = HangUp(stream);
-        let device = Device::new(&self.handle, self.disk.clone(), self.settings.clone());
+        let (disk, settings) = (self.disk.clone(), self.settings.clone());
+        let device = Device::new(&self.handle, disk, settings, self.complaints.clone());
         let over = Rc::new(Signal::default());
-        let _over = EndOfConnection(over.clone());
-        let channel: Rc<RefCell<Option<OwnedFd>>> = Rc::default();
-        self.handle.spawn(tell_of_growth(self.disk.clone(), channel.clone(), over));
+        let _over = SaysSo(over.clone());
+        let teller = Teller::new(&self.handle, &device, over);
+        self.handle.spawn(teller.clone().follow());
         let mut ended = None;
         while ended.is_none() {
             match self.closing.or(jobs.receive()).await {
-                Some(Job::Do(work)) => work(device.clone()).await,
-                Some(Job::Channel(fd)) => *channel.borrow_mut() = Some(fd),
-                Some(Job::End(end)) => ended = Some(end),
+                Some(Job::Channel(fd)) => teller.set_channel(fd),
+                Some(job) => ended = self.work(&device, job).await,
                 None => break,
             }
+            teller.look();
         }
         // Before we hang up: a front end that sees the end of the connection looks at once how far its rings are
         // answered, and without an in-flight region that is where the next server goes on.
         device.stop().await;
         drop(hang_up);
-        let end = loop {
-            match ended.take() {
-                Some(end) => break end,
-                // A message that came meanwhile: nothing starts any more, but it is answered.
-                None => match jobs.receive().await {
-                    Job::Do(work) => work(device.clone()).await,
-                    Job::Channel(_) => {}
-                    Job::End(end) => ended = Some(end),
-                },
+        while ended.is_none() {
+            // A message that came meanwhile: nothing starts any more, but it is answered.
+            ended = self.work(&device, jobs.receive().await).await;
+        }
+        if self.closing.has_happened() && device.has_record() {
+            self.left_guests.set(true);
+        }
+        if let Some(end) = ended {
+            self.tell(peer, &end);
+        }
+    }
+
+    /// Does what a message asks for; why there is to be no other, if so.
+    async fn work(&self, device: &Rc<Device>, job: Job) -> Option<End> {
+        match job {
+            Job::Do(work) => {
+                // A panic is to end this connection in order, and nothing else: rings that are left behind would go on
+                // beside those of the next front end.
+                let (mut work, mut doing) = (Some(work), None);
+                let done = poll_fn(|cx| {
+                    let poll = AssertUnwindSafe(|| {
+                        if let Some(work) = work.take() {
+                            doing = Some(work(device.clone()));
+                        }
+                        doing.as_mut().map_or(Poll::Ready(()), |doing| doing.as_mut().poll(cx))
+                    });
+                    match catch_unwind(poll) {
+                        Ok(poll) => poll.map(Ok),
+                        Err(_told) => Poll::Ready(Err(End::Panicked)),
+                    }
+                });
+                done.await.err()
             }
-        };
-        self.tell(peer, &end);
+            Job::Channel(_) => None,
+            Job::Refused(error) => {
+                self.complain(
+                    |untold| tracing::warn!(%error, untold, "a message of a front end was refused"),
+                );
+                None
+            }
+            Job::End(end) => Some(end),
+        }
+    }
+
+    /// Says something unless front ends have made us say too much lately.
+    fn complain(&self, say: impl FnOnce(u64)) {
+        if let Some(untold) = self.complaints.admit(self.handle.now()) {
+            say(untold);
+        }
     }
 
     fn tell(&self, peer: &str, end: &End) {
         match end {
-            End::Closed => tracing::info!(peer, "front end disconnected: {end}"),
-            End::Refused(_) | End::Failed(_) | End::Panicked => {
-                match self.complaints.admit(self.handle.now()) {
-                    Some(untold) => tracing::warn!(peer, untold, "front end disconnected: {end}"),
-                    None => tracing::debug!(peer, "front end disconnected: {end}"),
+            End::Closed => {
+                if let Some(untold) = self.comings.admit(self.handle.now()) {
+                    tracing::info!(peer, untold, "front end disconnected: {end}");
                 }
+            }
+            End::Refused(_) | End::Failed(_) | End::Panicked => {
+                self.complain(|untold| tracing::warn!(peer, untold, "front end disconnected: {end}"));
             }
         }
     }
@@ -149,19 +202,6 @@ impl Shared {
     fn tell_if_empty(&self) {
         if self.listeners.get() == 0 && self.closing.has_happened() {
             self.emptied.happen();
-        }
-    }
-}
-
-/// Tells the front end whenever the disk's size has changed, until the connection is over.
-async fn tell_of_growth(disk: Rc<dyn Disk>, channel: Rc<RefCell<Option<OwnedFd>>>, over: Rc<Signal>) {
-    while over.or(disk.resized()).await.is_some() {
-        match &*channel.borrow() {
-            Some(fd) if channel::tell_of_change(fd) => {}
-            Some(_) => tracing::warn!("the front end was not told of the disk's new size: it does not read"),
-            None => tracing::info!(
-                "the front end cannot be told of the disk's new size: it will see it when it asks"
-            ),
         }
     }
 }
@@ -178,10 +218,10 @@ impl Drop for HangUp {
     }
 }
 
-/// Says so when a connection is over, however it ends.
-struct EndOfConnection(Rc<Signal>);
+/// Says so when it is dropped, however that comes: a connection is over.
+struct SaysSo(Rc<Signal>);
 
-impl Drop for EndOfConnection {
+impl Drop for SaysSo {
     fn drop(&mut self) {
         self.0.happen();
     }

@@ -82,6 +82,26 @@ fn a_guest_that_knows_no_flush_gets_what_is_durable() {
 }
 
 #[test]
+fn a_guest_that_cannot_know_of_a_write_cache_gets_what_is_durable() {
+    let served = Plan::default().serve();
+    let mut driver =
+        Driver::connect(&served.vhost(), &Wish { reads_config: false, ..Wish::default() }).unwrap();
+    change(&mut driver);
+    assert_eq!(durable(&served), [true; 3]);
+    // Without a record the next connection knows of nothing either, and monitors read the configuration once.
+    let mut driver = connect_again(&served, driver);
+    change(&mut driver);
+    assert_eq!(durable(&served)[3..], [true; 3]);
+}
+
+/// The same guest, whose monitor believes that the server was another one.
+fn connect_again(served: &Served, mut driver: Driver) -> Driver {
+    driver.config().unwrap();
+    driver.reconnect(&served.vhost()).unwrap();
+    driver
+}
+
+#[test]
 fn nothing_but_the_write_cache_can_be_changed() {
     let served = Plan::default().serve();
     for (at, bytes) in [(0, vec![0; 8]), (20, vec![0, 16, 0, 0]), (32, vec![2]), (300, vec![1])] {

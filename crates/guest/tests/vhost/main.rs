@@ -6,6 +6,7 @@ mod disk;
 mod serve;
 
 mod config;
+mod hostile;
 mod libblkio;
 mod life;
 mod memory;

@@ -3,6 +3,7 @@
 mod client;
 mod error;
 mod flush;
+mod guest;
 mod hang;
 mod life;
 mod log;
@@ -12,3 +13,4 @@ mod power_cut;
 mod protocol;
 mod server;
 mod table;
+mod takeover;

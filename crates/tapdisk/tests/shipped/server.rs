@@ -13,6 +13,7 @@ use faultfs::{FaultFs, Options};
 use nbd_client::{Answer, Client, Errno, Request, Style};
 use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
+use vhost_client::{Driver, Wish};
 
 /// How long anything is waited for that must happen: much longer than it takes on a busy machine.
 pub(crate) const LONG: Duration = Duration::from_secs(40);
@@ -117,6 +118,23 @@ impl<'a> Server<'a> {
         server
     }
 
+    /// Serves an image of 8 MiB on this file system, made if there is none, to a guest as well.
+    pub(crate) fn for_guest(fs: &'a FaultFs, words: &[&str]) -> Server<'a> {
+        let server = Server::start_for_guest(fs, words);
+        server.wait_ready();
+        server
+    }
+
+    /// The same, without waiting until a guest can connect.
+    pub(crate) fn start_for_guest(fs: &'a FaultFs, words: &[&str]) -> Server<'a> {
+        let (image, directory) = (fs.path().join(IMAGE), tempfile::tempdir().unwrap());
+        let mut all = vec![image.as_os_str(), OsStr::new("--create"), OsStr::new("8M")];
+        all.extend(words.iter().map(OsStr::new));
+        let socket = directory.path().join(GUEST_SOCKET);
+        all.extend([OsStr::new("--vhost-user"), socket.as_os_str()]);
+        Server::start_in(directory, &all, Some(fs))
+    }
+
     /// Serves what these words say, and waits until clients can connect.
     pub(crate) fn of<W: AsRef<OsStr>>(words: &[W]) -> Server<'static> {
         let server = Server::start(words, None);
@@ -127,7 +145,10 @@ impl<'a> Server<'a> {
     /// Starts to serve what these words say, on a socket in a directory of its own. Where they do not say where failed
     /// syncs are recorded, the next server knows nothing of them.
     pub(crate) fn start<W: AsRef<OsStr>>(words: &[W], fs: Option<&'a FaultFs>) -> Server<'a> {
-        let directory = tempfile::tempdir().unwrap();
+        Server::start_in(tempfile::tempdir().unwrap(), words, fs)
+    }
+
+    fn start_in<W: AsRef<OsStr>>(directory: TempDir, words: &[W], fs: Option<&'a FaultFs>) -> Server<'a> {
         let mut command = tapdisk(["serve"]);
         if !words.iter().any(|word| word.as_ref() == "--state-dir") {
             command.arg("--state-dir").arg(directory.path());
@@ -155,6 +176,16 @@ impl<'a> Server<'a> {
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join(SOCKET)
+    }
+
+    /// Where the front end of a guest connects.
+    pub(crate) fn guest_socket(&self) -> PathBuf {
+        self.directory.path().join(GUEST_SOCKET)
+    }
+
+    /// A guest's driver, as this wish says.
+    pub(crate) fn guest(&self, wish: &Wish) -> Driver {
+        Driver::connect(&self.guest_socket(), wish).unwrap()
     }
 
     pub(crate) fn client(&self, style: Style) -> Client {
@@ -222,6 +253,7 @@ impl<'a> Server<'a> {
 }
 
 const SOCKET: &str = "nbd.sock";
+const GUEST_SOCKET: &str = "guest.sock";
 
 impl Drop for Server<'_> {
     fn drop(&mut self) {

@@ -1,8 +1,11 @@
 //! A whole device, set up as a front end does it, on a real io_uring.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::fence;
 use std::time::Duration;
 
 use block::{Errno, OpKind, Pool};
@@ -77,11 +80,13 @@ struct Vmm {
 impl Vmm {
     fn new(handle: &Handle, features: u64) -> Vmm {
         let disk = ModelDisk::new(MIB);
-        let device = Device::new(handle, Rc::new(Handed(disk.clone())), settings());
+        let device = Device::new(handle, Rc::new(Handed(disk.clone())), settings(), Rc::default());
         let ram = Rc::new(Ram::new(&[(0, MIB)]));
         let driver = Driver::new(&ram, RING, 16, 0);
         let (kick, call, err) = (bell(), bell(), bell());
         let vmm = Vmm { handle: handle.clone(), disk, device, ram, ring: 0, driver, kick, call, err };
+        // As monitors do first of all; the guest is shown what they have read.
+        vmm.device.config(0, 60).unwrap();
         vmm.device.set_features(features).unwrap();
         vmm.device.set_memory(vmm.ram.regions()).unwrap();
         vmm
@@ -98,7 +103,8 @@ impl Vmm {
 
     /// A new process that serves the same disk to the same guest.
     fn successor(&mut self, features: u64) {
-        self.device = Device::new(&self.handle, Rc::new(Handed(self.disk.clone())), settings());
+        self.device =
+            Device::new(&self.handle, Rc::new(Handed(self.disk.clone())), settings(), Rc::default());
         self.device.set_features(features).unwrap();
     }
 
@@ -268,6 +274,7 @@ fn a_ring_starts_whatever_comes_last() {
             vmm.device.add_memory(spec, fd).unwrap();
         }
         assert_eq!(vmm.used(1).await.len(), 1);
+        assert_eq!(rings(&vmm.err), 0, "that it waited is no error");
         vmm.device.stop().await;
     });
 }
@@ -579,7 +586,7 @@ fn whoever_believes_in_no_cache_has_each_write_made_durable() {
             let mut vmm = Vmm::new(&handle, VERSION_1 | ERASE | features);
             vmm.start(0);
             if let Some(cache) = cache {
-                vmm.device.set_config(32, &[cache]).unwrap();
+                vmm.device.set_config(32, &[cache]).await.unwrap();
                 assert_eq!(vmm.device.config(32, 1).unwrap(), [cache]);
             }
             assert_eq!(durable(&mut vmm).await, [expected; 3], "{features:#x} {cache:?}");
@@ -593,20 +600,85 @@ fn turning_the_cache_off_makes_durable_what_was_written_before() {
     run(|handle| async move {
         let vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
         assert_eq!(vmm.device.config(32, 1).unwrap(), [1], "a cache at first");
-        vmm.device.set_config(32, &[1]).unwrap();
+        vmm.device.set_config(32, &[1]).await.unwrap();
         assert_eq!(vmm.disk.flushes.get(), 0);
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         assert_eq!(vmm.disk.flushes.get(), 1);
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         assert_eq!(vmm.disk.flushes.get(), 1);
         for (offset, bytes) in
             [(32, vec![2]), (0, vec![0; 8]), (31, vec![1]), (250, vec![0; 10]), (32, vec![0, 1])]
         {
-            let refused = vmm.device.set_config(offset, &bytes);
+            let refused = vmm.device.set_config(offset, &bytes).await;
             assert!(matches!(refused, Err(Violation::ConfigChange { .. })), "{offset} {bytes:?}");
         }
         assert_eq!(vmm.device.config(32, 1).unwrap(), [0]);
         assert!(matches!(vmm.device.config(250, 7), Err(Violation::Config { offset: 250, len: 7 })));
+    });
+}
+
+#[test]
+fn what_is_out_when_the_cache_is_turned_off_is_durable_before_its_answer() {
+    run(|handle| async move {
+        let mut vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
+        vmm.start(0);
+        vmm.disk.waits.set(true);
+        let (write, read) = (vmm.offer(0, 1, 0, 512), vmm.offer(1, 0, 8, 512));
+        vmm.kick();
+        vmm.waiting(2).await;
+        let (device, over) = (vmm.device.clone(), Rc::new(Cell::new(false)));
+        let said = over.clone();
+        handle.spawn(async move {
+            device.set_config(32, &[0]).await.unwrap();
+            said.set(true);
+        });
+        vmm.waiting(3).await;
+        assert!(vmm.disk.step() && vmm.disk.step());
+        assert_eq!(vmm.used(1).await, [(read, 513)], "a read needs no sync");
+        vmm.waiting(2).await;
+        assert!(!over.get(), "what was answered before is not durable yet");
+        assert!(vmm.disk.step());
+        vmm.until(|_| over.get()).await;
+        assert_eq!((vmm.disk.flushes.get(), vmm.driver.take_used()), (1, vec![]));
+        assert!(vmm.disk.step());
+        assert_eq!(vmm.used(1).await, [(write, 1)]);
+        assert_eq!(vmm.disk.flushes.get(), 2, "one of its own, after it was written");
+        vmm.disk.waits.set(false);
+        vmm.device.stop().await;
+    });
+}
+
+#[test]
+fn a_cache_whose_content_cannot_be_made_durable_stays_on() {
+    run(|handle| async move {
+        let vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
+        vmm.disk.waits.set(true);
+        let (disk, later) = (vmm.disk.clone(), handle.clone());
+        handle.spawn(async move {
+            later.sleep(Duration::from_millis(1)).await;
+            disk.fail(Errno::EIO);
+        });
+        let refused = vmm.device.set_config(32, &[0]).await;
+        assert!(matches!(refused, Err(Violation::WriteCache(Errno::EIO))), "{refused:?}");
+        assert_eq!(vmm.device.config(32, 1).unwrap(), [1]);
+    });
+}
+
+#[test]
+fn a_front_end_that_has_not_asked_may_believe_that_there_is_no_cache() {
+    run(|handle| async move {
+        const FEATURES: u64 = VERSION_1 | FLUSH | 1 << 11 | 1 << 13 | 1 << 14;
+        // Of a predecessor that had no in-flight region the guest knows what we do not.
+        let mut vmm = Vmm::new(&handle, FEATURES);
+        vmm.successor(FEATURES);
+        vmm.device.set_memory(vmm.ram.regions()).unwrap();
+        vmm.start(0);
+        assert_eq!(durable(&mut vmm).await, [true; 3]);
+        vmm.device.config(0, 8).unwrap();
+        assert_eq!(durable(&mut vmm).await, [true; 3], "the capacity does not tell");
+        vmm.device.config(0, 60).unwrap();
+        assert_eq!(durable(&mut vmm).await, [false; 3]);
+        vmm.device.stop().await;
     });
 }
 
@@ -617,7 +689,7 @@ fn a_successor_knows_that_the_cache_is_off() {
         let mut vmm = Vmm::new(&handle, FEATURES);
         let (fd, len, offset) = vmm.device.make_inflight(1, 16).unwrap();
         vmm.device.set_inflight(fd.try_clone().unwrap(), len, offset, 1, 16).unwrap();
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         vmm.successor(FEATURES);
         vmm.device.set_inflight(fd, len, offset, 1, 16).unwrap();
         vmm.device.set_memory(vmm.ram.regions()).unwrap();
@@ -634,7 +706,7 @@ fn a_device_that_was_reset_has_forgotten_everything() {
         let mut vmm = Vmm::new(&handle, VERSION_1 | FLUSH | 1 << 11);
         let (fd, len, offset) = vmm.device.make_inflight(1, 16).unwrap();
         vmm.device.set_inflight(fd.try_clone().unwrap(), len, offset, 1, 16).unwrap();
-        vmm.device.set_config(32, &[0]).unwrap();
+        vmm.device.set_config(32, &[0]).await.unwrap();
         vmm.start(0);
         vmm.disk.waits.set(true);
         vmm.offer(0, 0, 0, 512);
@@ -650,7 +722,11 @@ fn a_device_that_was_reset_has_forgotten_everything() {
         assert!(vmm.disk.waiting.borrow().is_empty(), "the kernel is done with the memory");
         assert_eq!(vmm.driver.take_used(), [], "and nobody hears of it");
         assert_eq!((vmm.status(0), vmm.status(1)), (0xee, 0xee));
-        assert_eq!(vmm.device.config(32, 1).unwrap(), [1]);
+        assert_eq!(
+            vmm.device.config(32, 1).unwrap(),
+            [0],
+            "monitors keep the guest's choice and do not say it again"
+        );
         // The driver begins anew, perhaps with the same region.
         vmm.disk.waits.set(false);
         vmm.driver = Driver::new(&vmm.ram, RING, 16, 0);
@@ -797,4 +873,66 @@ fn kicks_may_come_by_another_descriptor() {
         vmm.until(|vmm| rings(&vmm.call) >= 1).await;
         vmm.device.stop().await;
     });
+}
+
+/// A driver on a thread of its own, that kicks only when it is asked to and waits for signals only: how many requests it
+/// got answers to, which is `count` unless a kick or a signal was lost.
+fn drive(driver: Driver, has_event_idx: bool, count: u16, kick: OwnedFd, call: OwnedFd) -> u16 {
+    for nth in 0..count {
+        // 2.7.13: the descriptor, the index, a barrier, then the device's wish.
+        let (used_index, event) = (driver.used + 2, driver.avail_event_at());
+        driver.put_used_event(nth);
+        let avail = driver.avail + 4 + 2 * u64::from(nth % driver.size);
+        driver.ram.put16(avail, 0);
+        driver.ram.put16(driver.avail + 2, nth.wrapping_add(1));
+        fence(SeqCst);
+        let wants_kick =
+            if has_event_idx { driver.ram.u16(event) == nth } else { driver.used_flags() & 1 == 0 };
+        if wants_kick {
+            ring_bell(&kick);
+        }
+        while driver.ram.u16(used_index) != nth.wrapping_add(1) {
+            let mut polled = [rustix::event::PollFd::new(&call, rustix::event::PollFlags::IN)];
+            let timeout = rustix::time::Timespec { tv_sec: 5, tv_nsec: 0 };
+            if rustix::event::poll(&mut polled, Some(&timeout)).unwrap() == 0 {
+                return nth;
+            }
+            rings(&call);
+        }
+        // Now and then the other side is to fall asleep; now and then it is to be met while it falls asleep.
+        if nth % 200 == 0 {
+            std::thread::sleep(Duration::from_millis(2));
+        } else {
+            (0..nth % 97 * 8).for_each(|_| std::hint::spin_loop());
+        }
+    }
+    count
+}
+
+#[test]
+fn no_kick_and_no_signal_is_lost_whether_the_thread_looks_or_sleeps() {
+    for event_idx in [0, EVENT_IDX] {
+        run(move |handle| async move {
+            let mut vmm = Vmm::new(&handle, VERSION_1 | event_idx);
+            // One request, again and again: descriptors 0 and 1.
+            vmm.ram.write(HEADER, &header(4, 0));
+            assert_eq!(vmm.driver.chain(&[(HEADER, 16, false), (STATUS, 1, true)]), 0);
+            vmm.start(0);
+            let (kick, call) = (vmm.kick.try_clone().unwrap(), vmm.call.try_clone().unwrap());
+            let files = vmm.ram.share();
+            let done = bell();
+            let told = done.try_clone().unwrap();
+            let thread = std::thread::spawn(move || {
+                let driver = Driver::new(&Rc::new(Ram::of(files)), RING, 16, 0);
+                let answered = drive(driver, event_idx != 0, 3000, kick, call);
+                ring_bell(&told);
+                answered
+            });
+            // No timer: it would wake the thread that is to be kicked.
+            let done = handle.register(done);
+            handle.readable(&done).await.unwrap();
+            assert_eq!(thread.join().unwrap(), 3000, "event indices: {}", event_idx != 0);
+            vmm.device.stop().await;
+        });
+    }
 }

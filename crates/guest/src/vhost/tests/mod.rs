@@ -11,3 +11,4 @@ mod memory;
 mod ram;
 mod request;
 mod ring;
+mod server;

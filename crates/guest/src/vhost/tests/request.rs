@@ -38,6 +38,8 @@ fn the_length_used_counts_what_was_written_for_the_driver() {
         (IN, 0, 1024, Err(Errno::EIO), 1, 1),
         (OUT, 1024, 0, Ok(()), 0, 1),
         (OUT, 1024, 0, Err(Errno::ENOSPC), 1, 1),
+        (IN, 0, 1024, Ok(()), 0, 1025),
+        (DISCARD, 16, 0, Ok(()), 0, 1),
         (FLUSH, 0, 0, Ok(()), 0, 1),
         (FLUSH, 0, 0, Err(Errno::EOPNOTSUPP), 1, 1),
     ] {
