@@ -6,18 +6,23 @@ use crate::lab::ground::Ground;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::disks::MIB;
 use crate::lab::qemu::guest_log;
-use crate::lab::qemu::server::{Kind, Plan};
+use crate::lab::qemu::server::{Kind, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use lab::machine::Job;
 use rustix::process::Signal;
 use std::fs::File;
+use std::thread;
 use std::time::Duration;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "2006: the guest is told that the host is full, and recovers", run: report, peer: true },
-    Scenario { name: "2006: with hold the guest waits for room, and sees no error", run: hold, peer: false },
+    Scenario {
+        name: "2006: with hold the guest waits for room, over restarts too, and sees no error",
+        run: hold,
+        peer: false,
+    },
 ];
 
 /// /dev/vdb is told that there is no room, /dev/vdc waits for it.
@@ -105,13 +110,17 @@ fn hold(boot: &mut Boot<'_>) -> Result<()> {
         let before = std::mem::replace(&mut free, boot.grounds[1].free()?);
         Ok(before != free || free > FREE / 10)
     })?;
-    let server = boot.server("holding")?;
-    server.signal(Signal::USR1)?;
-    until(Duration::from_secs(60), "SIGUSR1 says that requests are held", || {
-        Ok(server.said()?.contains("held"))
-    })?;
+    wait_until_held(boot.server("holding")?)?;
     // Who needs no space has nothing to wait for.
     boot.sh("guest read /dev/vdc 0 4194304 > /dev/null")?;
+    // What is held is nobody's loss: whoever serves the disk next holds it, too.
+    let server = boot.server("holding")?;
+    server.stop().context("SIGTERM with held requests")?;
+    server.start_again()?;
+    wait_until_held(server).context("after an orderly restart")?;
+    server.kill()?;
+    server.start_again()?;
+    wait_until_held(server).context("after kill -9")?;
     let early = job.ended(boot.machine()?)?;
     ensure!(early.is_none(), "dd did not wait: {early:?}");
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?).context("while writes are held")?;
@@ -130,4 +139,17 @@ fn hold(boot: &mut Boot<'_>) -> Result<()> {
     ensure!(found == sums, "what was synced is not there:\n{found}\nshould be\n{sums}");
     check(boot, "vdc")?;
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+}
+
+/// SIGUSR1 makes tapdisk say whether it holds requests.
+fn wait_until_held(server: &mut Server) -> Result<()> {
+    let count = |server: &Server| Ok::<_, Error>(server.said()?.matches("requests are held").count());
+    server.wait_until_it_serves()?;
+    let before = count(server)?;
+    until(Duration::from_secs(120), "tapdisk holds requests", || {
+        server.must_live()?;
+        server.signal(Signal::USR1)?;
+        thread::sleep(Duration::from_millis(200));
+        Ok(count(server)? > before)
+    })
 }

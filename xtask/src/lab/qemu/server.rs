@@ -59,6 +59,8 @@ pub(crate) struct Server {
     plan: Plan,
     place: Place,
     child: Child,
+    /// So many times it was started.
+    starts: usize,
 }
 
 impl Server {
@@ -69,7 +71,7 @@ impl Server {
             fs::remove_file(&socket)?;
         }
         let child = spawn(&plan, &place)?;
-        let mut server = Server { plan, place, child };
+        let mut server = Server { plan, place, child, starts: 1 };
         until(Duration::from_secs(60), "the server listens", || {
             server.must_live()?;
             Ok(socket.exists())
@@ -81,7 +83,16 @@ impl Server {
     pub(crate) fn start_again(&mut self) -> Result<()> {
         ensure!(self.child.try_wait()?.is_some(), "it still runs");
         self.child = spawn(&self.plan, &self.place)?;
+        self.starts += 1;
         Ok(())
+    }
+
+    /// Waits until it says that it serves. A signal before that would end it as it ends any process.
+    pub(crate) fn wait_until_it_serves(&mut self) -> Result<()> {
+        until(Duration::from_secs(60), "tapdisk says what it serves", || {
+            self.must_live()?;
+            Ok(self.said()?.lines().filter(|line| line.starts_with("Serving ")).count() >= self.starts)
+        })
     }
 
     pub(crate) fn plan(&self) -> &Plan {
