@@ -177,7 +177,7 @@ fn a_peer_whose_eventfd_is_full_holds_up_nothing() {
     runtime.block_on(async move {
         for _ in 0..10_000 {
             handle.signal(&fd);
-            if handle.in_flight() % 100 == 0 {
+            if handle.in_flight().is_multiple_of(100) {
                 handle.turn().await;
             }
         }

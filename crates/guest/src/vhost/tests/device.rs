@@ -4,6 +4,8 @@ use std::cell::Cell;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::fence;
 use std::time::Duration;
 
 use block::{Errno, OpKind, Pool};
@@ -871,4 +873,66 @@ fn kicks_may_come_by_another_descriptor() {
         vmm.until(|vmm| rings(&vmm.call) >= 1).await;
         vmm.device.stop().await;
     });
+}
+
+/// A driver on a thread of its own, that kicks only when it is asked to and waits for signals only: how many requests it
+/// got answers to, which is `count` unless a kick or a signal was lost.
+fn drive(driver: Driver, has_event_idx: bool, count: u16, kick: OwnedFd, call: OwnedFd) -> u16 {
+    for nth in 0..count {
+        // 2.7.13: the descriptor, the index, a barrier, then the device's wish.
+        let (used_index, event) = (driver.used + 2, driver.avail_event_at());
+        driver.put_used_event(nth);
+        let avail = driver.avail + 4 + 2 * u64::from(nth % driver.size);
+        driver.ram.put16(avail, 0);
+        driver.ram.put16(driver.avail + 2, nth.wrapping_add(1));
+        fence(SeqCst);
+        let wants_kick =
+            if has_event_idx { driver.ram.u16(event) == nth } else { driver.used_flags() & 1 == 0 };
+        if wants_kick {
+            ring_bell(&kick);
+        }
+        while driver.ram.u16(used_index) != nth.wrapping_add(1) {
+            let mut polled = [rustix::event::PollFd::new(&call, rustix::event::PollFlags::IN)];
+            let timeout = rustix::time::Timespec { tv_sec: 5, tv_nsec: 0 };
+            if rustix::event::poll(&mut polled, Some(&timeout)).unwrap() == 0 {
+                return nth;
+            }
+            rings(&call);
+        }
+        // Now and then the other side is to fall asleep; now and then it is to be met while it falls asleep.
+        if nth % 200 == 0 {
+            std::thread::sleep(Duration::from_millis(2));
+        } else {
+            (0..nth % 97 * 8).for_each(|_| std::hint::spin_loop());
+        }
+    }
+    count
+}
+
+#[test]
+fn no_kick_and_no_signal_is_lost_whether_the_thread_looks_or_sleeps() {
+    for event_idx in [0, EVENT_IDX] {
+        run(move |handle| async move {
+            let mut vmm = Vmm::new(&handle, VERSION_1 | event_idx);
+            // One request, again and again: descriptors 0 and 1.
+            vmm.ram.write(HEADER, &header(4, 0));
+            assert_eq!(vmm.driver.chain(&[(HEADER, 16, false), (STATUS, 1, true)]), 0);
+            vmm.start(0);
+            let (kick, call) = (vmm.kick.try_clone().unwrap(), vmm.call.try_clone().unwrap());
+            let files = vmm.ram.share();
+            let done = bell();
+            let told = done.try_clone().unwrap();
+            let thread = std::thread::spawn(move || {
+                let driver = Driver::new(&Rc::new(Ram::of(files)), RING, 16, 0);
+                let answered = drive(driver, event_idx != 0, 3000, kick, call);
+                ring_bell(&told);
+                answered
+            });
+            // No timer: it would wake the thread that is to be kicked.
+            let done = handle.register(done);
+            handle.readable(&done).await.unwrap();
+            assert_eq!(thread.join().unwrap(), 3000, "event indices: {}", event_idx != 0);
+            vmm.device.stop().await;
+        });
+    }
 }

@@ -126,7 +126,12 @@ impl Driver {
 
     /// The index at which the device wants a kick.
     pub(super) fn avail_event(&self) -> u16 {
-        self.ram.u16(self.used + 4 + 8 * u64::from(self.size))
+        self.ram.u16(self.avail_event_at())
+    }
+
+    /// Where that is.
+    pub(super) fn avail_event_at(&self) -> u64 {
+        self.used + 4 + 8 * u64::from(self.size)
     }
 
     /// Asks for a signal when this index is passed.

@@ -25,6 +25,16 @@ impl Ram {
         Ram { parts: parts.iter().map(part).collect() }
     }
 
+    /// The same memory, for another thread.
+    pub(super) fn share(&self) -> Vec<(RegionSpec, File)> {
+        self.parts.iter().map(|(spec, file)| (*spec, file.try_clone().unwrap())).collect()
+    }
+
+    /// Memory that was shared.
+    pub(super) fn of(parts: Vec<(RegionSpec, File)>) -> Ram {
+        Ram { parts }
+    }
+
     /// What the front end sends of it.
     pub(super) fn regions(&self) -> Vec<(RegionSpec, OwnedFd)> {
         self.parts.iter().map(|(spec, file)| (*spec, file.try_clone().unwrap().into())).collect()
