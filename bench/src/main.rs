@@ -338,7 +338,8 @@ fn machine(image: &Image, versions: &[String], cores: usize, seconds: f64, round
     Ok(format!(
         "Linux {} {}, {cores} cores of {}; the image, {} GiB, on {}. Load on core {CLIENT_CORE}, server on core \
          {SERVER_CORE}; {seconds} s a cell, median of {rounds}; load average at the start {}. {}.\n\n\
-         kIOPS; CPU time of the server per request; rr, rw: random read, write; sr, sw: sequential; length; depth.\n",
+         kIOPS; CPU time of the server per request; rr, rw: random read, write; sr, sw: sequential; length; depth. Load \
+         waits for answers asleep, over NBD and over vhost-user (one queue of 128).\n",
         kernel.release().to_string_lossy(),
         kernel.machine().to_string_lossy(),
         model.map_or("unknown make", |(_, model)| model),

@@ -164,11 +164,45 @@ impl Driver {
         self.set_up()
     }
 
+    /// Forgets all requests and sets everything up anew on the same connection, as another driver of the same guest:
+    /// the firmware first, then the kernel, then a kernel that was booted anew.
+    pub fn start_over(&mut self, features: u64) -> Result<()> {
+        self.link.agree(features)?;
+        let has_event_idx = self.link.features() & feature::EVENT_IDX != 0;
+        for queue in &mut self.queues {
+            for place in queue.open.drain().flat_map(|(_, open)| open.places) {
+                self.regions[place.region].arena.give_back(place.at, place.len);
+            }
+            queue.ring.reset(has_event_idx);
+        }
+        if self.inflight.is_some() {
+            self.inflight = Some(self.link.make_inflight(self.wish.queues, self.wish.queue_len)?);
+        }
+        // The memory is the monitor's and stays.
+        self.set_record()?;
+        self.set_rings()
+    }
+
+    /// Has the back end stop all rings and forget them (`RESET_DEVICE`).
+    pub fn reset(&mut self) -> Result<()> {
+        Ok(self.link.talk().reset_device()?)
+    }
+
+    /// Everything that a back end does not know yet.
     fn set_up(&mut self) -> Result<()> {
+        self.set_record()?;
+        self.share_memory()?;
+        self.set_rings()
+    }
+
+    fn set_record(&mut self) -> Result<()> {
         if let Some((inflight, file)) = &self.inflight {
             self.link.talk().set_inflight_fd(inflight, file.as_raw_fd())?;
         }
-        self.share_memory()?;
+        Ok(())
+    }
+
+    fn set_rings(&mut self) -> Result<()> {
         for number in 0..self.queues.len() {
             // Where the device stopped to answer: what it had taken before is in the record, if there is one.
             self.set_ring(number, self.queues[number].ring.used_index())?;

@@ -101,6 +101,14 @@ impl Link {
         Ok(Link { frontend, socket, watchdog, patience, features, protocol, news: None })
     }
 
+    /// Agrees on other features of virtio: those of `wanted` that the back end offers.
+    pub fn agree(&mut self, wanted: u64) -> Result<()> {
+        let features = self.talk().get_features()? & wanted;
+        self.talk().set_features(features)?;
+        self.features = features;
+        Ok(())
+    }
+
     /// For messages; the back end is hung up on if it answers one too late.
     pub fn talk(&mut self) -> Talk<'_> {
         self.watchdog.expect(Some(self.patience));

@@ -66,6 +66,11 @@ impl Ring {
         Ring { memory, at, len, has_event_idx, free, avail: 0, told: 0, taken: 0 }
     }
 
+    /// Makes it empty, as a driver does that starts anew.
+    pub fn reset(&mut self, has_event_idx: bool) {
+        *self = Ring::new(self.memory.clone(), self.at, self.len, has_event_idx);
+    }
+
     /// Descriptors.
     pub fn len(&self) -> u16 {
         self.len

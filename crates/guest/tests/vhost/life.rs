@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use block::Errno;
 use nbd_client::{Client, Request as NbdRequest, Style};
-use vhost_client::{Driver, Request, Status, Wish};
+use vhost_client::{Driver, Request, Status, Wish, feature};
 
 use crate::disk::Act;
 use crate::serve::Plan;
@@ -92,6 +92,70 @@ fn what_a_guest_writes_a_client_of_nbd_reads_and_the_other_way_round() {
         assert_eq!(read.bytes, [number; 512]);
         client.ask(&NbdRequest::write(at, &[!number; 512])).unwrap().unwrap();
         assert_eq!(driver.ask(&Request::read(at, 512)).unwrap().bytes, [!number; 512]);
+    }
+}
+
+#[test]
+fn the_firmware_comes_first_and_the_kernel_sets_up_everything_anew() {
+    let served = Plan::scripted(|nth, _| if nth % 3 == 0 { Act::Late(500) } else { Act::Do }).serve();
+    // As SeaBIOS does: few features, one ring; yet QEMU enables all of them.
+    let of_firmware = feature::SIZE_MAX
+        | feature::SEG_MAX
+        | feature::BLK_SIZE
+        | feature::VERSION_1
+        | feature::PROTOCOL_FEATURES;
+    for inflight in [true, false] {
+        let wish = Wish { queues: 2, inflight, features: of_firmware, ..Wish::default() };
+        let mut driver = Driver::connect(&served.vhost(), &wish).unwrap();
+        for boot in 0..4_u8 {
+            for _ in 0..10 {
+                assert_eq!(driver.ask(&Request::read(0, 512)).unwrap().status, Status::OK);
+            }
+            assert_eq!((driver.stop_ring(0).unwrap(), driver.stop_ring(1).unwrap()), (10, 0));
+            driver.start_over(feature::LINUX).unwrap();
+            let tickets: Vec<_> = (0..40)
+                .map(|number| {
+                    let write = Request::write(number * 512, &[boot; 512]).indirect();
+                    driver.send(number as usize % 2, &write).unwrap()
+                })
+                .collect();
+            assert!(driver.wait_all(&tickets).unwrap().iter().all(|answer| answer.status == Status::OK));
+            assert_eq!((driver.stop_ring(0).unwrap(), driver.stop_ring(1).unwrap()), (20, 20));
+            driver.start_over(of_firmware).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_reset_forgets_what_was_asked_and_a_new_driver_begins_at_the_beginning() {
+    let served = Plan::scripted(|nth, _| match nth % 12 {
+        0 => Act::Hold(Errno::ENOSPC),
+        1..6 => Act::Late(2000),
+        _ => Act::Do,
+    })
+    .serve();
+    for inflight in [true, false] {
+        let wish = Wish { queues: 2, inflight, ..Wish::default() };
+        let mut driver = Driver::connect(&served.vhost(), &wish).unwrap();
+        for round in 0..5_u8 {
+            let asked = served.seen().len();
+            for number in 0..12 {
+                driver.send(number % 2, &Request::write(number as u64 * 512, &[round; 512])).unwrap();
+            }
+            served.until_seen(asked + 12);
+            driver.reset().unwrap();
+            driver.start_over(feature::LINUX).unwrap();
+            assert_eq!((driver.ring(0).used_index(), driver.ring(1).used_index()), (0, 0));
+            // What is told now belongs to what is asked now: a stray answer would be an error of the driver's.
+            let reads: Vec<_> =
+                (0..12).map(|number| driver.send(number % 2, &Request::read(0, 512)).unwrap()).collect();
+            served.until_seen(asked + 24);
+            served.release();
+            for ticket in reads {
+                let answer = driver.wait(ticket).unwrap();
+                assert_eq!(answer.status, Status::OK, "with a record: {inflight}, round {round}");
+            }
+        }
     }
 }
 
