@@ -20,6 +20,11 @@ pub(crate) mod feature {
     /// VHOST_USER_F_PROTOCOL_FEATURES.
     pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub(crate) const VERSION_1: u64 = 1 << 32;
+
+    /// VIRTIO_F_NOTIFY_ON_EMPTY and VIRTIO_F_ANY_LAYOUT (6.3, "Legacy Interface"): not offered, but no harm where a front
+    /// end sets them by itself, as some do. The first is about signals to those that asked for none; the second says
+    /// that a device makes no assumptions about the layout of requests, as we do not.
+    pub(crate) const IGNORED: u64 = 1 << 24 | 1 << 27;
 }
 
 /// Bytes: the unit of sectors, whatever the size of a block is (5.2.4).

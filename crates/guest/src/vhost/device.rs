@@ -206,6 +206,7 @@ impl Device {
     /// SET_FEATURES. What concerns rings holds for those that start afterwards.
     pub(crate) fn set_features(&self, features: u64) -> Result<(), Violation> {
         let offered = self.features();
+        let features = features & !feature::IGNORED;
         if features & !offered != 0 {
             return Err(Violation::Features { found: features, offered });
         }

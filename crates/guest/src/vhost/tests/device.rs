@@ -803,6 +803,8 @@ fn what_a_front_end_may_not_do_is_refused() {
             assert!(matches!(device.set_features(1 << bit), Err(Violation::Features { .. })));
         }
         device.set_features(device.features()).unwrap();
+        // NOTIFY_ON_EMPTY and ANY_LAYOUT mean nothing to us.
+        device.set_features(VERSION_1 | 1 << 24 | 1 << 27).unwrap();
         for len in [0, 3, 5, 2048, 32768, 65535, 65536, u32::MAX] {
             assert!(matches!(device.set_ring_size(0, len), Err(Violation::RingLen { .. })), "{len}");
         }
