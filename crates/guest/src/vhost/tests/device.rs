@@ -291,6 +291,22 @@ fn a_blocking_eventfd_holds_up_nobody_and_is_kicked_again_and_again() {
 }
 
 #[test]
+fn a_blocking_eventfd_to_ring_is_made_non_blocking() {
+    // Without that, a thread of the kernel (io-wq) does each signal, and waits in it where the count is full.
+    run(|handle| async move {
+        let mut vmm = Vmm::new(&handle, VERSION_1);
+        let blocking = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        (vmm.kick, vmm.call, vmm.err) = (blocking(), blocking(), blocking());
+        vmm.start(0);
+        let is_nonblocking =
+            |fd: &OwnedFd| rustix::fs::fcntl_getfl(fd).unwrap().contains(rustix::fs::OFlags::NONBLOCK);
+        assert_eq!([&vmm.kick, &vmm.call, &vmm.err].map(is_nonblocking), [false, true, true]);
+        vmm.until(|vmm| rings(&vmm.call) == 1).await;
+        vmm.device.stop().await;
+    });
+}
+
+#[test]
 fn descriptors_that_are_no_eventfds_are_refused() {
     run(|handle| async move {
         let vmm = Vmm::new(&handle, VERSION_1);
