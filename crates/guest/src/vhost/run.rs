@@ -40,6 +40,8 @@ pub(crate) enum Failure {
     Ring(#[from] RingError),
     #[error("its kicks cannot be heard: {0}")]
     Kick(Errno),
+    #[error("serving it panicked (a bug in tapdisk)")]
+    Panicked,
 }
 
 pub(crate) struct Run {
@@ -108,6 +110,7 @@ impl Run {
     }
 
     async fn serve(self: Rc<Self>) {
+        let _end = EndOfServing(&self);
         while poll_fn(|cx| self.poll_news(cx)).await {
             self.take_all().await;
         }
@@ -277,6 +280,17 @@ impl Run {
         self.watch.take();
         self.kicked.take();
         self.queue.borrow().base()
+    }
+}
+
+/// Fails a ring whose task ends by a panic: nobody would take what is found in it, again and again.
+struct EndOfServing<'a>(&'a Run);
+
+impl Drop for EndOfServing<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(&Failure::Panicked);
+        }
     }
 }
 

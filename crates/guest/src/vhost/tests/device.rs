@@ -365,6 +365,37 @@ fn a_ring_that_makes_no_sense_stops_alone() {
 }
 
 #[test]
+fn a_ring_whose_task_panics_stops_alone() {
+    let pool = Pool::new(64 << 10);
+    let uring = Uring::open(RingFlags::Auto, &pool).expect("these tests need io_uring");
+    let runtime = Runtime::new(Box::new(uring), pool);
+    let handle = runtime.handle().clone();
+    runtime.block_on(async move {
+        let mut vmm = Vmm::new(&handle, VERSION_1);
+        let mut other = vmm.other();
+        vmm.start(0);
+        other.start(0);
+        vmm.disk.panics.set(true);
+        let head = vmm.offer(0, 0, 0, 512);
+        vmm.offer(1, 0, 0, 512);
+        vmm.kick();
+        vmm.until(|vmm| rings(&vmm.err) == 1).await;
+        vmm.disk.panics.set(false);
+        assert_eq!(vmm.used(1).await, [(head, 1)], "an error, and nothing more is taken");
+        // Kicked once more, it is left alone, and the thread has time for others and to sleep.
+        vmm.kick();
+        other.offer(2, 0, 0, 512);
+        other.kick();
+        assert_eq!(other.used(1).await.len(), 1);
+        vmm.pause().await;
+        assert_eq!((vmm.driver.take_used(), rings(&vmm.err)), (vec![], 0));
+        assert_eq!(vmm.device.ring_base(0).await.unwrap(), 1);
+        vmm.device.stop().await;
+        assert_eq!(handle.panics(), 1);
+    });
+}
+
+#[test]
 fn a_ring_that_cannot_start_is_told() {
     run(|handle| async move {
         let vmm = Vmm::new(&handle, VERSION_1);

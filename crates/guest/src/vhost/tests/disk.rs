@@ -16,6 +16,8 @@ pub(super) struct ModelDisk {
     pub(super) read_only: Cell<bool>,
     /// Requests wait for the test.
     pub(super) waits: Cell<bool>,
+    /// Requests are met with a panic.
+    pub(super) panics: Cell<bool>,
     /// As if storage had failed with it: the next requests wait to try again.
     pub(super) held: RefCell<VecDeque<Request>>,
     pub(super) waiting: RefCell<VecDeque<Request>>,
@@ -32,6 +34,7 @@ impl ModelDisk {
             size: Cell::new(size),
             read_only: Cell::new(false),
             waits: Cell::new(false),
+            panics: Cell::new(false),
             held: RefCell::default(),
             waiting: RefCell::default(),
             asked: RefCell::default(),
@@ -96,6 +99,7 @@ impl Disk for Handed {
 
 impl Session for Handed {
     fn submit(&self, request: Request) {
+        assert!(!self.0.panics.get(), "a test's panic");
         self.0.asked.borrow_mut().push(request.op.clone());
         if self.0.waits.get() {
             self.0.waiting.borrow_mut().push_back(request);
