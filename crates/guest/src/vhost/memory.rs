@@ -13,6 +13,7 @@ use block::{Buf, Errno};
 use runtime::{Handle, RegisteredMemory};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::backing::{self, Unfit};
 use super::fault::{self, Refusal, Watched};
 use super::room::{NoRoom, Room, Taken};
 
@@ -40,6 +41,8 @@ pub(crate) enum MapError {
     Overlap { at: u64, len: u64, other: u64, other_len: u64 },
     #[error("the memory cannot be mapped: {0}")]
     Map(Errno),
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
     #[error(transparent)]
     Room(#[from] NoRoom),
     #[error(transparent)]
@@ -84,6 +87,7 @@ impl Mapping {
             offset.checked_add(len).filter(|end| len > 0 && *end <= i64::MAX as u64).ok_or_else(range)?;
         let failed =
             |errno: rustix::io::Errno| MapError::Map(Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO));
+        backing::check(fd)?;
         let stat = rustix::fs::fstat(fd).map_err(failed)?;
         let is_regular =
             rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile;

@@ -10,6 +10,7 @@
 //! Sources: the vhost-user protocol (docs/interop/vhost-user.rst of QEMU), and virtio 1.3 (2.7 split virtqueues, 5.2
 //! block device).
 
+mod backing;
 mod bell;
 mod channel;
 mod config;

@@ -111,6 +111,14 @@ fn regions_that_cannot_be_are_refused() {
 }
 
 #[test]
+fn a_region_in_what_is_no_memory_is_refused() {
+    let zero = File::options().read(true).write(true).open("/dev/zero").unwrap();
+    let spec = RegionSpec { guest: 0, len: 0x1000, user: USER, offset: 0 };
+    let refused = Memory::default().with(spec, zero.as_fd(), None).err().unwrap();
+    assert!(refused.to_string().contains("a file or a DAX device is expected"), "{refused}");
+}
+
+#[test]
 fn a_region_starts_where_it_is_said_to_in_its_file() {
     let file = File::from(memfd(0x3000));
     std::os::unix::fs::FileExt::write_all_at(&file, b"here", 0x1234).unwrap();
@@ -303,7 +311,7 @@ fn a_broken_mapping_is_forgotten_when_it_goes() {
         for (ram, memory) in rams.iter().zip(&memories) {
             ram.file(0).set_len(0).unwrap();
             for at in [0, 0x1000] {
-                drop(memory.read(at, &mut [0])); // what it says is not the point
+                assert_eq!(memory.read(at, &mut [0]), Err(Outside::Gone { at }));
             }
         }
         assert_eq!(fault::count(), 2);
