@@ -495,10 +495,10 @@ impl Memory {
         let len = bytes.len();
         let mut broken = false;
         self.pieces(at, len, |region, ptr, len| {
-            // SAFETY: both are valid for `len` bytes, and no Rust slice overlaps shared memory. Others may write there
-            // meanwhile: then the bytes are some of the old and some of the new, and each is looked at in the copy.
+            // SAFETY: both are valid for `len` bytes: `pieces` has looked at the one, and all its lengths are those of
+            // the other.
             unsafe {
-                std::ptr::copy_nonoverlapping(ptr.as_ptr(), to, len);
+                copy_out(ptr, to, len);
                 to = to.add(len);
             }
             broken |= region.mapping.is_broken();
@@ -514,11 +514,8 @@ impl Memory {
             && bytes.len() <= region.mapping.len - offset
             && !region.mapping.is_broken()
         {
-            // SAFETY: within the region, as was just checked; see `read`. Its end may be odd, so it is copied.
-            unsafe {
-                let from = region.ptr.add(offset).as_ptr();
-                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
-            }
+            // SAFETY: within the region, as was just checked.
+            unsafe { copy_out(region.ptr.add(offset), bytes.as_mut_ptr(), bytes.len()) };
             if region.mapping.is_broken() {
                 return Err(Outside::Gone { at });
             }
@@ -549,6 +546,33 @@ impl Memory {
         }
         region.mapping.words((user - region.spec.user) as usize, len).ok_or(hole)
     }
+}
+
+/// Copies bytes out of shared memory. Others may write there meanwhile: then some are old and some are new. But each is
+/// read once, so that what was checked in the copy is what is used; of a plain copy the compiler may make two reads.
+///
+/// # Safety
+/// `len` bytes may be read from `from` on, where nobody names them by a reference that is not to an atomic, and written
+/// from `to` on.
+#[inline]
+unsafe fn copy_out(from: NonNull<u8>, to: *mut u8, len: usize) {
+    const WORD: usize = size_of::<u64>();
+    // SAFETY: within `len`, as are all `at`; a byte is always aligned.
+    let byte = |at: usize| unsafe {
+        to.add(at).write(AtomicU8::from_ptr(from.as_ptr().add(at)).load(Ordering::Relaxed));
+    };
+    let head = (from.addr().get().wrapping_neg() % WORD).min(len);
+    (0..head).for_each(byte);
+    let mut at = head;
+    while len - at >= WORD {
+        // SAFETY: within `len`, and aligned behind the head; where it goes to need not be.
+        unsafe {
+            let word = AtomicU64::from_ptr(from.as_ptr().add(at).cast()).load(Ordering::Relaxed);
+            to.add(at).cast::<u64>().write_unaligned(word);
+        }
+        at += WORD;
+    }
+    (at..len).for_each(byte);
 }
 
 /// Memory within a region.

@@ -106,16 +106,24 @@ fn header(readable: &[Piece], memory: &Memory) -> Result<Header, RingError> {
 #[cold]
 fn split_header(readable: &[Piece], memory: &Memory) -> Result<u128, RingError> {
     let mut bytes = [0; HEADER_LEN];
+    let done = copy(readable, 0, &mut bytes, memory).map_err(outside("a header"))?;
+    if done == HEADER_LEN { Ok(u128::from_le_bytes(bytes)) } else { Err(RingError::Header(done as u64)) }
+}
+
+/// Copies what these pieces hold from byte `skip` on; how many bytes that were.
+fn copy(pieces: &[Piece], mut skip: u64, bytes: &mut [u8], memory: &Memory) -> Result<usize, Outside> {
     let mut done = 0;
-    for piece in readable {
-        let part = (HEADER_LEN - done).min(piece.len as usize);
-        memory.read(piece.at, &mut bytes[done..done + part]).map_err(outside("a header"))?;
-        done += part;
-        if done == HEADER_LEN {
-            return Ok(u128::from_le_bytes(bytes));
+    for piece in pieces {
+        let here = u64::from(piece.len).saturating_sub(skip).min((bytes.len() - done) as u64) as usize;
+        if here > 0 {
+            let hole = Outside::Hole { at: piece.at, len: piece.len.into() };
+            let at = piece.at.checked_add(skip).ok_or(hole)?;
+            memory.read(at, &mut bytes[done..done + here])?;
+            done += here;
         }
+        skip = skip.saturating_sub(piece.len.into());
     }
-    Err(RingError::Header(done as u64))
+    Ok(done)
 }
 
 #[inline(always)]
@@ -251,7 +259,9 @@ fn ranges(
     if terms.read_only || !is_whole || to_read == 0 {
         return Ok(REFUSED);
     }
-    let bytes = gather(chain.readable(), HEADER_LEN as u64, to_read, memory)?.to_vec();
+    let mut bytes = [0; RANGE_LEN as usize * RANGES_MAX as usize];
+    let bytes = &mut bytes[..to_read as usize];
+    copy(chain.readable(), HEADER_LEN as u64, bytes, memory)?;
     let (known, max) = match erase {
         // 5.2.6.2: a discard with the flag for unmapping is unsupported too.
         Erase::Discard => (0, DISCARD_SECTORS_MAX),

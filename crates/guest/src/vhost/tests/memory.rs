@@ -43,6 +43,27 @@ fn bytes_are_found_where_the_guest_has_them() {
 }
 
 #[test]
+fn bytes_of_every_length_and_alignment_are_copied() {
+    let ram = Ram::new(&[(0, 0x1000), (0x1000, 0x1000)]);
+    let memory = ram.memory();
+    let all: Vec<u8> = (0..0x2000).map(|at| (at % 251) as u8).collect();
+    ram.write(0, &all);
+    // Within a region, and across two.
+    for start in (64..80).chain(0xfd0..0x1000) {
+        for len in 0..=40 {
+            let mut bytes = vec![0xee; len + 2];
+            memory.read(start, &mut bytes[1..=len]).unwrap();
+            let from = start as usize;
+            assert_eq!(bytes[1..=len], all[from..from + len], "{len} bytes from {start}");
+            assert_eq!((bytes[0], bytes[len + 1]), (0xee, 0xee), "and no others");
+        }
+        let from = start as usize;
+        let expected = u128::from_le_bytes(all[from..from + 16].try_into().unwrap());
+        assert_eq!(memory.u128(start).unwrap(), expected);
+    }
+}
+
+#[test]
 fn bytes_that_are_not_all_there_are_refused() {
     let last = u64::MAX - 0xfff;
     let memory = Ram::new(&[(0x1000, 0x1000), (0x3000, 0x1000), (last, 0xfff)]).memory();
