@@ -190,7 +190,8 @@ impl VhostUserBackendReqHandlerMut for Messages {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.reset_device()
+        // "It is recommended that back-ends either ignore this message, or use it to disable all rings."
+        Ok(())
     }
 
     fn reset_device(&mut self) -> Result<()> {
