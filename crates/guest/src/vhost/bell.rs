@@ -6,7 +6,6 @@ use std::rc::Rc;
 
 use block::Errno;
 use runtime::{Fd, Handle};
-use rustix::fs::OFlags;
 use rustix::io::ReadWriteFlags;
 
 /// Why a descriptor is refused.
@@ -16,15 +15,16 @@ pub(crate) enum NoBell {
     Other(String),
     #[error("what a descriptor is cannot be found out from /proc: {0}")]
     Unknown(Errno),
-    #[error("a descriptor cannot be made non-blocking: {0}")]
-    Flags(Errno),
 }
 
 fn errno(errno: rustix::io::Errno) -> Errno {
     Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO)
 }
 
-/// Takes in an eventfd to hear, and nothing else: waiting for a file of a strange kind could hold up the disk's thread.
+/// Takes in an eventfd, and nothing else: waiting for a file of a strange kind could hold up the disk's thread.
+///
+/// It stays blocking where the front end made it so, though the kernel then uses a thread of its own (io-wq) for each
+/// signal: the flag is one with the front end's, which may wait in read(2), as users of libblkio may.
 pub(crate) fn take_in(handle: &Handle, fd: OwnedFd) -> Result<Rc<Fd>, NoBell> {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let kind = rustix::fs::readlink(link, Vec::new()).map_err(|error| NoBell::Unknown(errno(error)))?;
@@ -32,20 +32,6 @@ pub(crate) fn take_in(handle: &Handle, fd: OwnedFd) -> Result<Rc<Fd>, NoBell> {
         return Err(NoBell::Other(kind.to_string_lossy().into_owned()));
     }
     Ok(handle.register(fd))
-}
-
-/// Takes in an eventfd to ring, and nothing else.
-///
-/// It is made non-blocking, for the front end too: io_uring gives a write to a blocking eventfd to a thread of the
-/// kernel, and one that its reader lets fill up would keep that thread.
-pub(crate) fn take_in_to_ring(handle: &Handle, fd: OwnedFd) -> Result<Rc<Fd>, NoBell> {
-    let bell = take_in(handle, fd)?;
-    let failed = |error| NoBell::Flags(errno(error));
-    let flags = rustix::fs::fcntl_getfl(bell.as_fd()).map_err(failed)?;
-    if !flags.contains(OFlags::NONBLOCK) {
-        rustix::fs::fcntl_setfl(bell.as_fd(), flags | OFlags::NONBLOCK).map_err(failed)?;
-    }
-    Ok(bell)
 }
 
 /// Consumes what was rung, without waiting, whether or not the front end made the eventfd non-blocking.

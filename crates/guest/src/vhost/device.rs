@@ -400,9 +400,7 @@ impl Device {
     /// SET_VRING_KICK: starts the ring, if all else is known.
     pub(crate) fn set_kick(&self, index: u32, fd: Option<OwnedFd>) -> Result<(), Violation> {
         let ring = self.ring(index)?;
-        let kick = fd.map(|fd| bell::take_in(&self.common.handle, fd)).transpose();
-        let kick = kick.map_err(|reason| Violation::Bell { index, reason })?;
-        let kick = kick.ok_or(Violation::NoKick(index))?;
+        let kick = self.bell(index, fd)?.ok_or(Violation::NoKick(index))?;
         let run = {
             let mut setup = ring.borrow_mut();
             setup.kick = Some(kick.clone());
@@ -446,9 +444,8 @@ impl Device {
         }
     }
 
-    /// What is to be rung, if anything.
     fn bell(&self, index: u32, fd: Option<OwnedFd>) -> Result<Option<Rc<Fd>>, Violation> {
-        let bell = fd.map(|fd| bell::take_in_to_ring(&self.common.handle, fd)).transpose();
+        let bell = fd.map(|fd| bell::take_in(&self.common.handle, fd)).transpose();
         bell.map_err(|reason| Violation::Bell { index, reason })
     }
 
