@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 /// Emulation on a busy computer is slow, and that is no failure.
@@ -242,6 +243,10 @@ impl Job {
         let mut answer = None;
         until(PATIENCE, &format!("{} has ended", self.folder), || {
             answer = self.ended(machine)?;
+            if answer.is_none() {
+                // To ask costs the guest a process, and its CPU is slow.
+                thread::sleep(Duration::from_millis(250));
+            }
             Ok(answer.is_some())
         })?;
         answer.context("it has just ended")

@@ -126,6 +126,11 @@ impl Idle for Inner {
         // Tasks last: news that arming has found has made one ready.
         !self.sources.arm() && self.ready.may_sleep()
     }
+
+    fn woken(&self) {
+        // Else each task that a completion makes ready would ring for a thread that is awake.
+        self.ready.wake_up();
+    }
 }
 
 impl Drop for Runtime {

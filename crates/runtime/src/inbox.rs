@@ -52,6 +52,11 @@ impl<T> Inbox<T> {
         }
     }
 
+    /// The owner is awake again, whatever woke it: it needs no unpark from now on.
+    pub fn wake_up(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).asleep = false;
+    }
+
     /// Whether there is nothing in.
     pub fn is_empty(&self) -> bool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).queue.is_empty()
@@ -101,6 +106,7 @@ mod loom_tests {
                         rung = bell.sound.wait(rung).unwrap();
                     }
                     *rung = false;
+                    inbox.wake_up();
                 }
             }
             for other in others {

@@ -224,3 +224,27 @@ fn registered_memory_is_read_into_and_its_number_is_used_again() {
     }
     assert_eq!(numbers, [numbers[0]; 3], "a number that was given back is used again");
 }
+
+#[test]
+fn a_thread_that_a_completion_has_woken_is_not_rung_for_besides() {
+    let runtime = runtime();
+    let handle = runtime.handle().clone();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let fd = handle.register(file.into());
+    // Each unpark is a write(2) to our eventfd, which /proc counts for this thread.
+    let written = || {
+        let told = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+        let calls = told.lines().find_map(|line| line.strip_prefix("syscw: ")).unwrap();
+        calls.parse::<u64>().unwrap()
+    };
+    let before = written();
+    runtime.block_on(async move {
+        for _ in 0..1000 {
+            // Each has a sleep before it, and a completion that ends it.
+            assert_eq!(handle.sync(&fd).await, Ok(0));
+        }
+    });
+    let calls = written() - before;
+    assert!(calls < 100, "{calls} calls of write for 1000 completions");
+}

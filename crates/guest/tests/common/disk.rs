@@ -162,17 +162,18 @@ impl Session for Asking {
     fn stop(&self, how: GiveUp) -> BoxFuture<'_, ()> {
         let ours = |kept: &Kept| kept.session == self.number;
         Box::pin(async move {
-            let held: Vec<Kept> = {
-                let mut kept = self.disk.kept.borrow_mut();
-                kept.extract_if(.., |kept| ours(kept) && kept.held.is_some()).collect()
-            };
-            for Kept { held, request, .. } in held {
-                match how {
-                    GiveUp::Tell => request.reply.send(Err(held.unwrap())),
-                    GiveUp::Leave => request.reply.leave(),
-                }
-            }
+            // What is held while this waits is given up as well.
             while self.disk.kept.borrow().iter().any(ours) {
+                let held: Vec<Kept> = {
+                    let mut kept = self.disk.kept.borrow_mut();
+                    kept.extract_if(.., |kept| ours(kept) && kept.held.is_some()).collect()
+                };
+                for Kept { held, request, .. } in held {
+                    match how {
+                        GiveUp::Tell => request.reply.send(Err(held.unwrap())),
+                        GiveUp::Leave => request.reply.leave(),
+                    }
+                }
                 self.disk.handle.sleep(Duration::from_millis(1)).await;
             }
         })

@@ -172,6 +172,9 @@ pub trait Idle {
     /// Called last before a sleep: whether there is still nothing to do. From then on whatever comes ends the sleep, by
     /// an unpark or by a completion.
     fn may_sleep(&self) -> bool;
+
+    /// Called after a sleep, before anything is made of what ended it.
+    fn woken(&self);
 }
 
 /// Does I/O for one thread.

@@ -315,6 +315,8 @@ impl Idle for NothingElse {
     fn may_sleep(&self) -> bool {
         true
     }
+
+    fn woken(&self) {}
 }
 
 /// Closes a connection that was accepted when nobody waited for it any more.

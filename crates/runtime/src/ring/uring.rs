@@ -295,6 +295,7 @@ impl Uring {
             return self.enter(0, None);
         }
         self.enter(1, deadline);
+        idle.woken();
         self.busy_since = std::time::Instant::now();
         self.spin.slept(self.busy_since.duration_since(begun));
     }
