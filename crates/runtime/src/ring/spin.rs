@@ -10,8 +10,7 @@ const MIN: Duration = Duration::from_micros(4);
 
 /// The longest look while requests are under way side by side, or after so long a time of work that there were many:
 /// they share the cost of a sleep, and what they wait for is not its end.
-const CROWDED_MAX: Duration = Duration::from_nanos(CROWDED_NS);
-const CROWDED_NS: u64 = 2_000;
+const CROWDED_MAX: Duration = Duration::from_micros(10);
 /// Work for longer than this was more than one request.
 const CROWDED_WORK: Duration = Duration::from_micros(8);
 

@@ -18,6 +18,8 @@ use crate::Instant;
 
 /// Submission queue entries: as many operations go to the kernel in one call.
 const ENTRIES: u32 = 256;
+/// So many entries go to the kernel before the turn's end: a device is not to wait for the last of many.
+const BATCH: usize = 64;
 /// Completion queue entries: beyond them the kernel keeps completions aside (IORING_FEAT_NODROP).
 const COMPLETIONS: u32 = 4096;
 /// Files that can be registered; more are used by their descriptor.
@@ -91,7 +93,7 @@ pub(crate) fn adopt(fd: RawFd) -> OwnedFd {
 pub struct Uring {
     ring: IoUring,
     files: Files,
-    /// What did not fit the submission queue.
+    /// What goes into the submission queue at the next call.
     backlog: VecDeque<squeue::Entry>,
     /// The headers of sendmsg and recvmsg, by token. The kernel reads each when it is submitted, and writes that of
     /// a recvmsg when it completes (flags and lengths; `____sys_recvmsg` in net/socket.c): so it stays where it is
@@ -211,13 +213,18 @@ impl Uring {
         self.push(entry);
     }
 
+    /// Queues an entry for the next call of the kernel.
     fn push(&mut self, entry: squeue::Entry) {
-        if self.backlog.is_empty() && self.try_push(&entry) {
-            return;
-        }
         self.backlog.push_back(entry);
-        self.enter(0, None);
-        self.push_backlog();
+        if self.backlog.len() >= BATCH {
+            self.push_backlog();
+            self.enter(0, None);
+        }
+    }
+
+    /// The same, before all others: a peer waits for it, while they take their time in the kernel one after the other.
+    fn push_first(&mut self, entry: squeue::Entry) {
+        self.backlog.push_front(entry);
     }
 
     fn push_backlog(&mut self) {
@@ -539,7 +546,19 @@ impl Engine for Uring {
             self.stores += 1;
         }
         let entry = self.entry(io, token);
-        self.push(entry);
+        match io {
+            Io::Signal { .. } => self.push_first(entry),
+            Io::Read { .. }
+            | Io::Write { .. }
+            | Io::Sync { .. }
+            | Io::Allocate { .. }
+            | Io::Seek { .. }
+            | Io::WillNeed { .. }
+            | Io::Receive { .. }
+            | Io::Send { .. }
+            | Io::Accept { .. }
+            | Io::Poll { .. } => self.push(entry),
+        }
     }
 
     fn cancel(&mut self, token: usize) {
