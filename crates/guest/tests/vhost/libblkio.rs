@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost_client::Memory;
 use virtio_driver::{
     EventFd, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
@@ -54,8 +55,10 @@ impl Device {
                 return answers;
             }
             assert!(started.elapsed() < Duration::from_secs(40), "no answer");
-            // It blocks until the device calls.
-            self.calls[queue].read().unwrap();
+            let mut calls = [PollFd::new(&self.calls[queue], PollFlags::IN)];
+            if poll(&mut calls, Some(&Timespec { tv_sec: 1, tv_nsec: 0 })).unwrap() > 0 {
+                self.calls[queue].read().unwrap();
+            }
         }
     }
 
