@@ -17,6 +17,8 @@ use crate::subject::Subject;
 
 /// Bytes of memory for most requests.
 const MEMORY: usize = 40 << 10;
+/// Bytes of the longest request that goes on where the last one ended, unless its alignment makes it longer.
+const APPENDED: u64 = 700;
 
 /// How a guest behaves.
 #[derive(Clone, Debug)]
@@ -33,6 +35,9 @@ pub(crate) struct Habits {
     pub(crate) aligned: (u64, u64),
     /// Percent of requests that go to one small place.
     pub(crate) hot: u64,
+    /// Percent of requests that are small and go on where the last one ended, as a log is written: neighbours in a
+    /// block, with no byte in common.
+    pub(crate) appends: u64,
     /// Pauses up to this many nanoseconds between requests.
     pub(crate) pause: u64,
     /// It stops its session this often, in a thousand requests.
@@ -57,13 +62,16 @@ struct State {
     /// The memory of the requests under way: whole, and the part in use.
     out: BTreeMap<u64, Option<(Buf, Buf)>>,
     made: u64,
+    /// Where its last request ended.
+    next: u64,
     waker: Option<Waker>,
 }
 
 impl Guest {
     pub(crate) fn new(number: u64, subject: &Rc<Subject>, habits: Habits, dice: Dice) -> Rc<Guest> {
         let (free, out) = (Vec::new(), BTreeMap::new());
-        let state = RefCell::new(State { dice, free, out, made: 0, waker: None });
+        let next = habits.region.at();
+        let state = RefCell::new(State { dice, free, out, made: 0, next, waker: None });
         Rc::new(Guest { number, subject: subject.clone(), habits, state })
     }
 
@@ -136,9 +144,10 @@ impl Guest {
         if state.dice.percent(self.habits.hostile) {
             return self.draw_hostile(state, number, size);
         }
-        let dice = &mut state.dice;
         let (reads, writes, flushes) = self.habits.mix;
-        let span = self.draw_span(dice);
+        let span = self.draw_span(&mut state.dice, state.next);
+        state.next = span.end();
+        let dice = &mut state.dice;
         let fua = dice.percent(10);
         let drawn = dice.below(100);
         if drawn < reads {
@@ -175,7 +184,8 @@ impl Guest {
         (op, None)
     }
 
-    fn draw_span(&self, dice: &mut Dice) -> Span {
+    /// A span to ask for; `next` is where the last one ended.
+    fn draw_span(&self, dice: &mut Dice, next: u64) -> Span {
         let region = self.habits.region;
         let drawn = dice.below(100);
         let align = if drawn < self.habits.aligned.0 {
@@ -185,6 +195,12 @@ impl Guest {
         } else {
             1
         };
+        if dice.percent(self.habits.appends) {
+            let at = if next < region.end() { next } else { region.at() };
+            let at = (at & !(align - 1)).max(region.at());
+            let len = (1 + dice.below(APPENDED)).next_multiple_of(align).min(region.end() - at);
+            return Span::new(at, len).expect("within the disk");
+        }
         let place = if dice.percent(self.habits.hot) { region.len().min(8192) } else { region.len() };
         let at = match dice.below(10) {
             // Near the end of the region, where the last block may be incomplete.

@@ -69,6 +69,21 @@ enum Step {
     Evict,
 }
 
+/// How slow some operations are: storage has a long tail, where one in many waits for a disk to seek, a network to
+/// recover or a device to collect its garbage, while others pass it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slowness {
+    /// So many of them are slow.
+    pub(crate) percent: u64,
+    /// Up to so many nanoseconds are added to each: far more than the others take.
+    pub(crate) nanoseconds: u64,
+}
+
+impl Slowness {
+    /// Storage that is as quick with one as with another.
+    pub(crate) const NONE: Slowness = Slowness { percent: 0, nanoseconds: 0 };
+}
+
 /// A file opened in one way.
 struct Opened {
     file: usize,
@@ -141,6 +156,7 @@ pub(crate) struct Kernel {
     pub(crate) healed: bool,
     pub(crate) dice: Dice,
     latency: u64,
+    slowness: Slowness,
     window: u64,
     evict: bool,
     pub(crate) calls: BTreeMap<u64, Call>,
@@ -160,9 +176,16 @@ pub(crate) struct Kernel {
 pub(crate) type Shared = Rc<RefCell<Kernel>>;
 
 impl Kernel {
-    /// A kernel with these files, that takes up to `latency` nanoseconds for each part of an operation and hands out
-    /// completions up to `window` nanoseconds late, together.
-    pub(crate) fn new(files: Vec<SimFile>, dice: Dice, latency: u64, window: u64, evict: bool) -> Kernel {
+    /// A kernel with these files, that takes up to `latency` nanoseconds for each part of an operation, but for those
+    /// that are slow, and hands out completions up to `window` nanoseconds late, together.
+    pub(crate) fn new(
+        files: Vec<SimFile>,
+        dice: Dice,
+        latency: u64,
+        slowness: Slowness,
+        window: u64,
+        evict: bool,
+    ) -> Kernel {
         Kernel {
             now: 0,
             events: BTreeMap::new(),
@@ -178,6 +201,7 @@ impl Kernel {
             healed: false,
             dice,
             latency,
+            slowness,
             window,
             evict,
             calls: BTreeMap::new(),
@@ -363,9 +387,17 @@ impl Kernel {
             operation.result = -i64::from(Errno::EIO.code());
             self.at(self.now, number, Step::Finish);
         } else {
-            let when = self.soon();
+            let when = self.soon() + self.slower(file, kind);
             self.at(when, number, Step::Start);
         }
+    }
+
+    /// How much later than others an operation starts that is one of the slow ones: any of the first file's reads and
+    /// writes may be.
+    fn slower(&mut self, file: usize, kind: Kind) -> u64 {
+        let Slowness { percent, nanoseconds } = self.slowness;
+        let may_be = file == 0 && matches!(kind, Kind::Read | Kind::Write) && !self.healed;
+        if may_be && self.dice.percent(percent) { self.dice.below(nanoseconds) } else { 0 }
     }
 
     /// Decides what will come of an operation, and when its parts happen.

@@ -17,7 +17,7 @@ use crate::dice::Dice;
 use crate::fault::{DELAY_MAX, Rule};
 use crate::file::SimFile;
 use crate::guest::{Guest, Habits};
-use crate::kernel::{Failure, Kernel, Shared, SimEngine};
+use crate::kernel::{Failure, Kernel, Shared, SimEngine, Slowness};
 use crate::model::Content;
 use crate::scattered::{Layout, Scattered};
 use crate::subject::{Setup, Subject};
@@ -84,6 +84,7 @@ struct World {
     can_punch: bool,
     can_zero: bool,
     latency: u64,
+    slowness: Slowness,
     window: u64,
     evict: bool,
     read_only: bool,
@@ -123,12 +124,15 @@ impl World {
         let on_enospc = dice.percent(50).then(|| dice.pick(&wishes));
         let latency = dice.pick(&[10_000, 100_000, 1_000_000, 5_000_000]);
         let mischief = match dice.below(20) {
-            0 => Some(Mischief::Panic { after: 1 + dice.below(100) as u32 }),
-            1 | 2 => Some(Mischief::Impatience {
-                percent: dice.pick(&[2, 10, 40]),
-                nanoseconds: dice.pick(&[2, 4, 10]) * latency,
+            0 => Some(Mischief::Panic {
+                after: 1 + dice.below(100) as u32,
+                waits: dice.pick(&[1, 2, 2, 3, 6]),
             }),
-            3.. => None,
+            1..=3 => Some(Mischief::Impatience {
+                percent: dice.pick(&[5, 20, 50]),
+                nanoseconds: dice.pick(&[4, 10, 30]) * latency,
+            }),
+            4.. => None,
         };
         let ending = match dice.below(20) {
             0..=8 => Ending::Quiet,
@@ -155,6 +159,13 @@ impl World {
             0.. => Vec::new(),
         };
         let full = !quiet && dice.percent(35);
+        // Who loses patience does so with storage that is slow at times.
+        let slow = matches!(mischief, Some(Mischief::Impatience { .. })) || dice.percent(25);
+        let slowness = if slow && !quiet {
+            Slowness { percent: dice.pick(&[10, 40]), nanoseconds: dice.pick(&[10, 30, 100]) * MILLISECOND }
+        } else {
+            Slowness::NONE
+        };
         World {
             size,
             direct,
@@ -165,6 +176,7 @@ impl World {
             can_punch: dice.percent(85),
             can_zero: dice.percent(70),
             latency,
+            slowness,
             window: dice.pick(&[0, 0, 50_000, 1_000_000]),
             evict: dice.percent(50),
             read_only: dice.percent(3),
@@ -198,6 +210,7 @@ impl World {
                     longest: dice.pick(&[2048, 8192, 8192, 32 << 10]),
                     aligned,
                     hot: dice.pick(&[0, 20, 60]),
+                    appends: dice.pick(&[0, 30, 80]),
                     pause: dice.pick(&[100_000, 2_000_000, 20_000_000]),
                     stops: dice.pick(&[0, 0, 10, 100]),
                     hostile: dice.pick(&[0, 0, 5]),
@@ -310,6 +323,7 @@ pub fn run(seed: u64, with_trace: bool) -> Outcome {
         vec![first, second],
         dice.fork(),
         world.latency,
+        world.slowness,
         world.window,
         world.evict,
     )));
@@ -393,7 +407,7 @@ impl Run {
             file.enlarge(usize::MAX);
         }
         let dice = self.dice.fork();
-        let again: Shared = Rc::new(RefCell::new(Kernel::new(files, dice, 10_000, 0, false)));
+        let again: Shared = Rc::new(RefCell::new(Kernel::new(files, dice, 10_000, Slowness::NONE, 0, false)));
         let runtime = Runtime::new(Box::new(SimEngine(again.clone())), poisoned_pool());
         for (file, subject) in self.disks.iter().enumerate() {
             let size = subject.size();
@@ -447,6 +461,7 @@ impl Run {
                 longest: 8192,
                 aligned: (30, 30),
                 hot: 30,
+                appends: 0,
                 pause: 20 * MILLISECOND,
                 stops: 0,
                 hostile: 0,
@@ -476,7 +491,8 @@ impl Run {
                 && world.mischief.is_none()
                 && world.truncate.is_none()
                 && world.filters.is_empty()
-                && world.spare_blocks.is_none());
+                && world.spare_blocks.is_none()
+                && world.slowness.percent == 0);
         let setup = Setup {
             number,
             file: number,

@@ -223,8 +223,9 @@ pub(crate) const ON_PURPOSE: &str = "in a driver, on purpose";
 /// How a storage misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mischief {
-    /// It panics once, after so many calls, with operations in flight.
-    Panic { after: u32 },
+    /// It panics once, after so many calls, at the latest when that call waits for the so-and-so-many-th time: so with
+    /// any of its operations in flight.
+    Panic { after: u32, waits: u32 },
     /// It gives up calls after a while, leaving their operations in flight.
     Impatience { percent: u64, nanoseconds: u64 },
 }
@@ -255,8 +256,8 @@ impl Mischievous {
         self.calls.set(self.calls.get() + 1);
         let healed = self.subject.kernel.borrow().healed;
         match self.mischief {
-            Mischief::Panic { after } if self.calls.get() == after => {
-                Box::pin(Panicking { subject: &self.subject, inner, polls: 0 })
+            Mischief::Panic { after, waits } if self.calls.get() == after => {
+                Box::pin(Panicking { subject: &self.subject, inner, waits })
             }
             // Giving up a flush poisons a file, which is right, but would leave nothing else to test.
             Mischief::Impatience { percent, nanoseconds }
@@ -277,15 +278,17 @@ impl Mischievous {
 struct Panicking<'a, T> {
     subject: &'a Subject,
     inner: Io<'a, T>,
-    polls: u32,
+    /// How often it waits at most before it panics.
+    waits: u32,
 }
 
 impl<T> Future for Panicking<'_, T> {
     type Output = Result<T>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<T>> {
-        if self.inner.as_mut().poll(cx).is_pending() && self.polls == 0 {
-            self.polls += 1;
+        self.waits = self.waits.saturating_sub(1);
+        if self.inner.as_mut().poll(cx).is_pending() && self.waits > 0 {
+            return Poll::Pending;
         }
         self.subject.panics();
         panic!("{ON_PURPOSE}");
