@@ -18,8 +18,9 @@ use crate::Instant;
 
 /// Submission queue entries: as many operations go to the kernel in one call.
 const ENTRIES: u32 = 256;
-/// So many entries go to the kernel before the turn's end: a device is not to wait for the last of many.
-const BATCH: usize = 64;
+/// So many entries go to the kernel at once, before the turn ends: a device is not to wait for the last of many, nor to
+/// be done with all at the same time. Smaller batches have a few per cent more IOPS on a disk, for as much more CPU.
+const BATCH: usize = 8;
 /// Completion queue entries: beyond them the kernel keeps completions aside (IORING_FEAT_NODROP).
 const COMPLETIONS: u32 = 4096;
 /// Files that can be registered; more are used by their descriptor.
