@@ -12,6 +12,7 @@ use anyhow::{Result, anyhow, bail, ensure};
 use lab::agent::Answer;
 use lab::machine::Job;
 use nbd_client::{Client, Request, Style};
+use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -86,16 +87,16 @@ fn under_load(
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }
 
-/// The test of the test: blocks that are overwritten behind the guest's back are missed.
+/// The test of the test: blocks that vanish behind the guest's back are missed.
 fn noticed(boot: &mut Boot<'_>) -> Result<()> {
     let image = boot.server("mortal")?.plan().image.clone();
     let job = start_verifier(boot)?;
     wait_for_progress(boot, &job)?;
-    let mut image = File::options().write(true).open(&image)?;
-    // What one of its threads writes to.
-    let lost = usize::try_from(LEN_MIB * MIB)? / usize::try_from(THREADS)?;
-    image.write_all(&vec![0; lost])?;
-    image.sync_all()?;
+    // What one of its threads writes to. A hole, since writing through the host's page cache while tapdisk writes past it
+    // is a fault of its own: the kernel answers the next sync with EIO.
+    let lost = LEN_MIB * MIB / u64::from(THREADS);
+    let image = File::options().write(true).open(&image)?;
+    fallocate(&image, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, lost)?;
     let end = stop_verifier(boot, &job)?;
     println!("     {}", end.said.lines().last().unwrap_or_default());
     ensure!(
