@@ -62,6 +62,8 @@ fn after_a_crash_the_successor_knows_that_a_sync_has_failed() {
         server.kill();
         for crash in 1..=2 {
             let server = Server::on(&fs, &words);
+            // The log is written by a thread of its own.
+            server.wait_for_log("a sync failed at 20");
             for said in [server.stdout(), server.stderr()] {
                 for what in ["a sync failed at 20", "ENOSPC", "Ctrl-C", "anew"] {
                     assert!(said.contains(what), "{cache}, crash {crash}: no {what} in {said}");
@@ -156,6 +158,7 @@ fn where_a_failed_sync_cannot_be_recorded_that_is_said_and_the_error_is_told() {
     if !rustix::process::geteuid().is_root() {
         let server = Server::run(command, state, Some(&fs));
         server.wait_ready();
+        server.wait_for_log("cannot be recorded");
         assert_eq!(server.stderr().matches("cannot be recorded").count(), 1, "{}", server.stderr());
     }
 }
