@@ -212,7 +212,6 @@ macro_rules! words {
     };
 }
 
-#[allow(dead_code)] // some widths are only read, or only written
 impl Words {
     words! {
         u8 put_u8 u8 AtomicU8

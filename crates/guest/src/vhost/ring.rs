@@ -349,22 +349,10 @@ impl Ring {
     pub(crate) fn chain(&self, head: u16, memory: &Memory, chain: &mut Chain) -> Result<(), RingError> {
         chain.clear();
         let size = usize::from(self.size);
-        let mut index = usize::from(head);
-        for _ in 0..size {
-            let descriptor = self.descriptor(index);
-            if descriptor.flags & INDIRECT != 0 {
-                return self.table(descriptor, memory, chain);
-            }
-            chain.add(descriptor)?;
-            if descriptor.flags & NEXT == 0 {
-                return Ok(());
-            }
-            index = usize::from(descriptor.next);
-            if index >= size {
-                return Err(RingError::Next { next: descriptor.next, size });
-            }
+        match follow(usize::from(head), size, |index| self.descriptor(index), chain)? {
+            Some(indirect) => self.table(indirect, memory, chain),
+            None => Ok(()),
         }
-        Err(RingError::Circle(size))
     }
 
     /// Reads each of its words once.
@@ -456,20 +444,35 @@ fn passes(event: u16, before: u16, now: u16) -> bool {
 /// Collects the pieces of a copied table.
 fn walk(table: &[u8], chain: &mut Chain) -> Result<(), RingError> {
     let (descriptors, _) = table.as_chunks::<DESCRIPTOR_LEN>();
-    let size = descriptors.len();
-    let mut index = 0;
+    let descriptor = |index| Descriptor::from_bytes(&descriptors[index]);
+    match follow(0, descriptors.len(), descriptor, chain)? {
+        Some(_) => Err(RingError::Nested),
+        None => Ok(()),
+    }
+}
+
+/// Collects pieces from the descriptor `first` on, of `size` that there are, up to the chain's end or to an indirect
+/// descriptor, which is the result. Each descriptor is looked at once.
+#[inline]
+fn follow(
+    first: usize,
+    size: usize,
+    descriptor: impl Fn(usize) -> Descriptor,
+    chain: &mut Chain,
+) -> Result<Option<Descriptor>, RingError> {
+    let mut index = first;
     for _ in 0..size {
-        let descriptor = Descriptor::from_bytes(&descriptors[index]);
-        if descriptor.flags & INDIRECT != 0 {
-            return Err(RingError::Nested);
+        let found = descriptor(index);
+        if found.flags & INDIRECT != 0 {
+            return Ok(Some(found));
         }
-        chain.add(descriptor)?;
-        if descriptor.flags & NEXT == 0 {
-            return Ok(());
+        chain.add(found)?;
+        if found.flags & NEXT == 0 {
+            return Ok(None);
         }
-        index = usize::from(descriptor.next);
+        index = usize::from(found.next);
         if index >= size {
-            return Err(RingError::Next { next: descriptor.next, size });
+            return Err(RingError::Next { next: found.next, size });
         }
     }
     Err(RingError::Circle(size))
