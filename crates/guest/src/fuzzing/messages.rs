@@ -7,13 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use block::{Limits, Payload, Pool, Request};
-use runtime::{BoxFuture, RingFlags, Runtime, Uring};
+use block::{Limits, Payload, Request};
+use runtime::{BoxFuture, Runtime};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::Bytes;
+use super::{Bytes, RUNTIME};
 use crate::vhost::{Server, Settings};
 use crate::{Disk, GiveUp, Session};
 
@@ -55,14 +55,6 @@ impl Session for Obliging {
     fn stop(&self, _how: GiveUp) -> BoxFuture<'_, ()> {
         Box::pin(std::future::ready(()))
     }
-}
-
-thread_local! {
-    static RUNTIME: Runtime = {
-        let pool = Pool::new(1 << 20);
-        let uring = Uring::open(RingFlags::Auto, &pool).expect("fuzzing needs io_uring");
-        Runtime::new(Box::new(uring), pool)
-    };
 }
 
 /// Says these messages to a server: it lives, its replies are messages, and when the front end is gone it has kept

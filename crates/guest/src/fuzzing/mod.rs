@@ -8,10 +8,22 @@ mod negotiation;
 mod rings;
 mod transmission;
 
+use block::Pool;
+use runtime::{RingFlags, Runtime, Uring};
+
 pub use messages::messages;
 pub use negotiation::negotiation;
 pub use rings::rings;
 pub use transmission::transmission;
+
+thread_local! {
+    /// What the targets run on, set up once: an io_uring costs more than most inputs.
+    static RUNTIME: Runtime = {
+        let pool = Pool::new(1 << 20);
+        let uring = Uring::open(RingFlags::Auto, &pool).expect("fuzzing needs io_uring");
+        Runtime::new(Box::new(uring), pool)
+    };
+}
 
 /// Takes numbers off the front of bytes.
 struct Bytes<'a>(&'a [u8]);

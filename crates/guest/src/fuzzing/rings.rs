@@ -11,12 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use block::{Errno, Limits, Op, Payload, Pool, Request};
-use runtime::{BoxFuture, Handle, RingFlags, Runtime, Uring};
+use block::{Errno, Limits, Op, Payload, Request};
+use runtime::{BoxFuture, Handle};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::Bytes;
+use super::{Bytes, RUNTIME};
 use crate::vhost::{Device, RegionSpec, Settings};
 use crate::{Disk, GiveUp, Session};
 
@@ -81,14 +81,6 @@ impl Choice {
         let erase = if self.read_only { 0 } else { 1 << 13 | 1 << 14 };
         1 << 32 | 1 << 9 | erase | u64::from(self.indirect) << 28 | u64::from(self.event_idx) << 29
     }
-}
-
-thread_local! {
-    static RUNTIME: Runtime = {
-        let pool = Pool::new(1 << 20);
-        let uring = Uring::open(RingFlags::Auto, &pool).expect("fuzzing needs io_uring");
-        Runtime::new(Box::new(uring), pool)
-    };
 }
 
 /// Serves a ring that is made of these bytes, perhaps while they change, and another that makes sense.

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
-use block::{Buf, Errno, Limits, Op, Payload, Pool, Request, Run};
-use runtime::{BoxFuture, Fd, Handle, RingFlags, Runtime, Uring, join_all};
+use block::{Buf, Errno, Limits, Op, Payload, Request, Run};
+use runtime::{BoxFuture, Fd, Handle, Runtime, join_all};
 
-use super::Bytes;
+use super::{Bytes, RUNTIME};
 use crate::nbd::{Exports, Server, Settings};
 use crate::{Disk, GiveUp, Session};
 
@@ -30,14 +30,6 @@ pub fn transmission(bytes: &[u8]) {
     let asked = number(&mut bytes, style);
     let heard = RUNTIME.with(|runtime| exchange(runtime, style, *mood, usize::from(*step) + 1, bytes));
     check(&heard, &asked, style);
-}
-
-thread_local! {
-    static RUNTIME: Runtime = {
-        let pool = Pool::new(1 << 20);
-        let uring = Uring::open(RingFlags::Auto, &pool).expect("fuzzing needs io_uring");
-        Runtime::new(Box::new(uring), pool)
-    };
 }
 
 /// What the bytes ask for.
