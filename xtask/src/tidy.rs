@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const FOLDERS: &[&str] = &["bench", "crates", "fuzz", "lab", "xtask"];
 
 /// Crates that serve a guest: there a failure is answered, and not a panic.
-const SERVING: &[&str] = &["block", "runtime", "storage", "image", "disk", "guest", "tapdisk"];
+const SERVING: &[&str] = &["block", "runtime", "storage", "image", "disk", "guest", "xen", "tapdisk"];
 
 /// The few rooms of ARCHITECTURE.md where memory is handled by hand.
 const UNSAFE_ROOMS: &[&str] = &[
