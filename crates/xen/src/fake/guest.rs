@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::Errno;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -151,10 +151,15 @@ impl Guest {
     /// Waits until a back end has rung, for so long at most; how often it has, since this was last asked.
     pub fn wait(&self, port: Port, patience: Duration) -> u64 {
         let Some(bell) = self.line(port, |line| line.domains.clone()) else { return 0 };
-        let patience = Timespec::try_from(patience).expect("not for that long");
-        match poll(&mut [PollFd::new(&*bell, PollFlags::IN)], Some(&patience)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => rung(&*bell),
-            Err(errno) => panic!("an eventfd: {errno}"),
+        let due = Instant::now() + patience;
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).expect("not for that long");
+            match poll(&mut [PollFd::new(&*bell, PollFlags::IN)], Some(&left)) {
+                Ok(_) => return rung(&*bell),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => panic!("an eventfd: {errno}"),
+            }
         }
     }
 
