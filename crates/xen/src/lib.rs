@@ -17,6 +17,7 @@ pub mod fake;
 pub mod gntdev;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
+pub mod store;
 
 pub use device::OpenError;
 
