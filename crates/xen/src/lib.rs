@@ -5,6 +5,8 @@
 //! /dev/xen/xenbus, over the daemon's socket, or over a socket to a fake store.
 
 pub mod events;
+#[cfg(feature = "fake")]
+pub mod fake;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
 pub mod store;

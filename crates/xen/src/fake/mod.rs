@@ -1,0 +1,4 @@
+//! A hypervisor within the process, for tests.
+
+pub mod store;
+mod tree;
