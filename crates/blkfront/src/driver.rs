@@ -129,6 +129,12 @@ impl Driver {
         self.queues.iter().map(spec).collect()
     }
 
+    /// Keeps pages granted from now on, or not; before the first request.
+    pub fn set_persistent(&mut self, is_persistent: bool) {
+        self.wish.persistent = is_persistent;
+        self.pages.set_persistent(is_persistent);
+    }
+
     /// A ring, for what no request can say.
     pub fn ring(&mut self, queue: usize) -> &mut Ring {
         &mut self.queues[queue].ring

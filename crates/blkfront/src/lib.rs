@@ -9,11 +9,15 @@ mod driver;
 mod pages;
 mod request;
 mod ring;
+mod watch;
+mod xenbus;
 
 pub use abi::Abi;
 pub use driver::{Answer, Driver, RingSpec, Ticket, UNWRITTEN, Wish};
 pub use request::{Request, SECTOR, SEGMENTS_MAX, op, status};
 pub use ring::Ring;
+pub use watch::Watch;
+pub use xenbus::{Front, Nodes, Told, state};
 
 /// What can go wrong for a driver, in words.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -29,6 +29,10 @@ impl Pages {
         Pages { guest, free, kept: Vec::new(), is_persistent }
     }
 
+    pub(crate) fn set_persistent(&mut self, is_persistent: bool) {
+        self.is_persistent = is_persistent;
+    }
+
     /// A page of nobody's.
     pub(crate) fn take(&mut self, access: Access) -> Result<Page> {
         let number = self.free.pop().ok_or("the guest has no more pages")?;
