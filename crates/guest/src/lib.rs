@@ -9,6 +9,7 @@ pub mod listen;
 pub mod nbd;
 mod signal;
 pub mod vhost;
+pub mod xen;
 
 use block::{Limits, Request};
 pub use disk::GiveUp;

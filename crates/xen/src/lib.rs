@@ -7,6 +7,7 @@
 pub mod events;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
+pub mod store;
 
 use std::fmt;
 
