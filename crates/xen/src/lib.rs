@@ -8,8 +8,11 @@ pub mod events;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
 pub mod store;
+mod vdev;
 
 use std::fmt;
+
+pub use vdev::{Vdev, VdevError};
 
 /// A domain's number (`domid_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
