@@ -9,6 +9,8 @@
 mod events;
 mod guest;
 mod memory;
+pub mod store;
+mod tree;
 
 use std::collections::BTreeMap;
 use std::fmt;
