@@ -18,10 +18,13 @@ pub mod gntdev;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
 pub mod store;
+mod vdev;
 
 pub use device::OpenError;
 
 use std::fmt;
+
+pub use vdev::{Vdev, VdevError};
 
 /// A domain's number (`domid_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -11,6 +11,8 @@
 mod device;
 #[allow(dead_code)] // as above
 mod layout;
+#[allow(dead_code)] // as above
+mod stats;
 
 use std::path::PathBuf;
 use std::rc::Rc;
