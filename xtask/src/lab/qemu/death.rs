@@ -1,16 +1,16 @@
 //! tapdisk is killed and started again while the guest writes, syncs and verifies: the guest must not notice.
 
 use crate::command::until;
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::disks::{MIB, digest, digest_in_guest, write_noise};
-use crate::lab::qemu::guest_log;
 use crate::lab::qemu::server::{Kind, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
 use crate::model::Numbers;
 use anyhow::{Result, anyhow, bail, ensure};
 use lab::agent::Answer;
-use lab::machine::Job;
+use lab::shell::{Job, Shell as _};
 use nbd_client::{Client, Request, Style};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;

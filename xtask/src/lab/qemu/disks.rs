@@ -2,12 +2,14 @@
 
 use crate::command::{command, output};
 use crate::lab::ground::Ground;
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::server::{Kind, Plan};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
-use crate::lab::qemu::{durable, faults, growth, guest_log, trim};
+use crate::lab::qemu::{durable, faults, growth, trim};
 use anyhow::{Context, Result, ensure};
+use lab::shell::Shell as _;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;

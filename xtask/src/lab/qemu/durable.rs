@@ -3,9 +3,9 @@
 
 use crate::command::{command, output};
 use crate::lab::ground::Ground;
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::Boot;
 use crate::lab::qemu::disks::{MIB, digest_in_guest, write_noise};
-use crate::lab::qemu::guest_log;
 use anyhow::{Result, ensure};
 
 /// The image's name on the ground.

@@ -1,7 +1,7 @@
 //! Sectors that fail by order: the guest's kernel names exactly these.
 
+use crate::lab::guest_log::{self, Line};
 use crate::lab::qemu::boot::Boot;
-use crate::lab::qemu::guest_log::{self, Line};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::ops::Range;

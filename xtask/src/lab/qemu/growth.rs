@@ -1,9 +1,9 @@
 //! A disk that grows while the guest runs: the image is made longer, SIGHUP has tapdisk look.
 
 use crate::command::{command, output, until};
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::Boot;
 use crate::lab::qemu::disks::{MIB, digest_in_guest, write_noise};
-use crate::lab::qemu::guest_log;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! What the guest's kernel logged, with how bad it thinks that is.
 
 use anyhow::{Context, Result, ensure};
-use lab::machine::Machine;
+use lab::shell::Shell;
 use std::collections::BTreeMap;
 
 /// A line of the log.
@@ -13,8 +13,8 @@ pub(crate) struct Line {
 }
 
 /// Takes what was logged since it was last taken.
-pub(crate) fn take(machine: &mut Machine) -> Result<Vec<Line>> {
-    let said = machine.sh("dmesg -r -c")?;
+pub(crate) fn take(guest: &mut dyn Shell) -> Result<Vec<Line>> {
+    let said = guest.sh("dmesg -r -c")?;
     said.lines().map(|line| parse(line).with_context(|| format!("a strange line: {line}"))).collect()
 }
 

@@ -1,0 +1,77 @@
+//! A booted machine: Xen, dom0, and what runs in them.
+
+use crate::lab::xen::stage::Stage;
+use crate::sweep;
+use anyhow::{Context, Result};
+use lab::agent::Answer;
+use lab::machine::Machine;
+use lab::shell::Shell;
+use lab::xen;
+use std::fs;
+use std::path::PathBuf;
+
+/// Where dom0 has its programs.
+const PATH: &str = "/usr/lib/xen-4.17/bin:/usr/bin:/sbin:/bin";
+
+/// A machine that runs. Dropped, it is ended.
+pub(crate) struct Boot<'a> {
+    machine: Machine,
+    pub(crate) stage: &'a Stage,
+    logs: PathBuf,
+}
+
+impl<'a> Boot<'a> {
+    /// Starts the machine and Xen's daemons. These raw images are dom0's /dev/vdb, /dev/vdc, and so on.
+    pub(crate) fn new(stage: &'a Stage, name: &str, disks: Vec<PathBuf>) -> Result<Boot<'a>> {
+        let logs = stage.logs(name)?;
+        let disks = [vec![stage.root()?], disks].concat();
+        let plan = xen::Plan {
+            tools: &stage.tools,
+            hypervisor: &stage.hypervisor,
+            kernel: &stage.kernel,
+            initramfs: &stage.initramfs,
+            cpus: 2,
+            memory_mib: 1280,
+            dom0_mib: 512,
+            words: "lab.root=/dev/vda",
+            disks,
+            sockets: stage.sockets(),
+            console: logs.join("console.log"),
+        };
+        let machine = plan.start()?;
+        sweep::record(stage.work.folder(), machine.pid())?;
+        let mut boot = Boot { machine, stage, logs };
+        boot.sh("start-xen").context("start Xen's daemons")?;
+        Ok(boot)
+    }
+
+    /// What whoever looks for a failure's cause wants to see.
+    pub(crate) fn about(&mut self) -> String {
+        let looks =
+            "xl list; for log in /run/logs/*; do echo; echo $log:; tail -n 30 $log; done; dmesg | tail -n 20";
+        let dom0 = self.run(looks).map_or_else(|error| format!("{error:#}"), |answer| answer.said);
+        format!("{}\n{dom0}", self.machine.about())
+    }
+
+    /// Keeps what dom0 has of logs.
+    fn keep_logs(&mut self) -> Result<()> {
+        let files = self.sh("ls /run/logs /var/log/xen | grep '[.]log$' || true")?;
+        for file in files.lines() {
+            let text = self.sh(&format!("cat /run/logs/{file} /var/log/xen/{file} 2> /dev/null || true"))?;
+            fs::write(self.logs.join(file), text)?;
+        }
+        Ok(())
+    }
+
+    /// Ends all of it.
+    pub(crate) fn end(mut self) -> Result<()> {
+        self.keep_logs()?;
+        self.machine.kill()
+    }
+}
+
+impl Shell for Boot<'_> {
+    fn run(&mut self, script: &str) -> Result<Answer> {
+        self.machine.run(&format!("export PATH={PATH}\n{script}"))
+    }
+}
