@@ -6,6 +6,8 @@
 
 use crate::domain::Ear;
 use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
+use rustix::process::WaitOptions;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -86,6 +88,7 @@ fn byte(port: &mut File) -> Result<u8> {
 
 /// Runs a script and returns its status, 128 and more for a signal, and what it said.
 fn run(script: &[u8]) -> Result<(i32, Vec<u8>)> {
+    bury()?;
     fs::write("/run/script", script)?;
     let (mut reader, writer) = std::io::pipe()?;
     let mut command = Command::new("/bin/sh");
@@ -99,4 +102,15 @@ fn run(script: &[u8]) -> Result<(i32, Vec<u8>)> {
     let status = child.wait()?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     Ok((code.context("neither ended nor killed")?, said))
+}
+
+/// The first process inherits what scripts left running, and is the one to ask how it ended.
+fn bury() -> Result<()> {
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some(_)) => {}
+            Ok(None) | Err(Errno::CHILD) => return Ok(()),
+            Err(error) => return Err(error).context("ask for the ends of processes"),
+        }
+    }
 }

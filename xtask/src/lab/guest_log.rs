@@ -51,7 +51,9 @@ fn require_none<'a>(
 }
 
 fn is_about_disks(line: &Line) -> bool {
-    ["I/O error", "vd", "virtio", "EXT4-fs", "JBD2"].iter().any(|word| line.text.contains(word))
+    ["I/O error", "vd", "vbd", "virtio", "blkfront", "EXT4-fs", "JBD2"]
+        .iter()
+        .any(|word| line.text.contains(word))
 }
 
 /// The sectors that the block layer's errors on this disk name, and how often: `I/O error, dev vdb, sector 12 op …`.

@@ -1,5 +1,7 @@
 //! A booted machine: Xen, dom0, and what runs in them.
 
+use crate::command::until;
+use crate::lab::xen::domain::{self, Domain, Guest};
 use crate::lab::xen::stage::Stage;
 use crate::sweep;
 use anyhow::{Context, Result};
@@ -9,6 +11,7 @@ use lab::shell::Shell;
 use lab::xen;
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where dom0 has its programs.
 const PATH: &str = "/usr/lib/xen-4.17/bin:/usr/bin:/sbin:/bin";
@@ -18,6 +21,7 @@ pub(crate) struct Boot<'a> {
     machine: Machine,
     pub(crate) stage: &'a Stage,
     logs: PathBuf,
+    domains: Vec<Domain>,
 }
 
 impl<'a> Boot<'a> {
@@ -40,9 +44,51 @@ impl<'a> Boot<'a> {
         };
         let machine = plan.start()?;
         sweep::record(stage.work.folder(), machine.pid())?;
-        let mut boot = Boot { machine, stage, logs };
+        let mut boot = Boot { machine, stage, logs, domains: Vec::new() };
         boot.sh("start-xen").context("start Xen's daemons")?;
         Ok(boot)
+    }
+
+    /// Makes a domain and waits until it obeys. What its kernel said at the start is of no interest to scenarios.
+    pub(crate) fn create(&mut self, plan: domain::Plan) -> Result<()> {
+        let domain = Domain::create(self, plan, "")?;
+        self.domains.push(domain);
+        self.guest(plan.name)?.sh("dmesg -c > /run/boot.log").map(drop)
+    }
+
+    /// Makes it if there is none of that name.
+    pub(crate) fn need(&mut self, plan: domain::Plan) -> Result<()> {
+        if self.domain(plan.name).is_ok() { Ok(()) } else { self.create(plan) }
+    }
+
+    /// Ends a domain as if its power had been cut, and waits until nothing of it is left.
+    pub(crate) fn destroy(&mut self, name: &str) -> Result<()> {
+        let id = self.domain(name)?.id;
+        self.sh(&format!("xl destroy {id} 2>&1"))?;
+        self.domains.retain(|domain| domain.plan.name != name);
+        self.wait_until_gone(id)
+    }
+
+    /// A domain whose memory someone still holds stays as a shadow of itself.
+    pub(crate) fn wait_until_gone(&mut self, id: u32) -> Result<()> {
+        until(Duration::from_secs(120), &format!("domain {id} is gone"), || {
+            Ok(self
+                .sh("xl list | tail -n +2 | cut -c 41-45")?
+                .lines()
+                .all(|found| found.trim() != id.to_string()))
+        })
+    }
+
+    /// The domain of that name.
+    pub(crate) fn domain(&self, name: &str) -> Result<&Domain> {
+        let domain = self.domains.iter().find(|domain| domain.plan.name == name);
+        domain.with_context(|| format!("no domain is called {name}"))
+    }
+
+    /// To have it do something.
+    pub(crate) fn guest(&mut self, name: &str) -> Result<Guest<'_, 'a>> {
+        let id = self.domain(name)?.id;
+        Ok(Guest { boot: self, id })
     }
 
     /// What whoever looks for a failure's cause wants to see.

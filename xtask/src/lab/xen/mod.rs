@@ -3,6 +3,10 @@
 //! What is expected comes from the guest's kernel, from e2fsck, from the verifier in the guest, from Xen's own tools.
 
 mod boot;
+mod domain;
+mod full;
+mod ground;
+mod server;
 mod stage;
 
 use crate::command::{cargo, run as run_command, target};
@@ -60,18 +64,7 @@ struct Group {
     scenarios: &'static [Scenario],
 }
 
-const GROUPS: &[Group] = &[Group {
-    name: "try",
-    make: |stage| Boot::new(stage, "try", Vec::new()),
-    scenarios: &[Scenario {
-        name: "try",
-        run: |boot| {
-            use lab::shell::Shell;
-            println!("{}", boot.sh("uname -a; xl list; ls -l /dev/xen; free; dmesg | tail -n 5")?);
-            Ok(())
-        },
-    }],
-}];
+const GROUPS: &[Group] = &[Group { name: "full", make: full::boot, scenarios: full::SCENARIOS }];
 
 /// All scenarios, several a boot.
 pub(crate) fn run(arguments: &Xen) -> Result<()> {

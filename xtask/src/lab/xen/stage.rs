@@ -73,6 +73,7 @@ impl Stage {
         dom0.add_foreign(&arguments.program()?)?;
         dom0.put(&kernel.vmlinux, DOMAIN_KERNEL)?;
         dom0.put(&domain, DOMAIN_INITRAMFS)?;
+        dom0.write("etc/xen/xl.conf", b"")?;
         dom0.write("bin/start-xen", START_XEN.as_bytes())?;
         let root = work.fresh("dom0.raw")?;
         dom0.disk(&root, ROOT_MIB * MIB, &tools)?;
