@@ -1,14 +1,25 @@
 //! Who asks: the interfaces through which guests and clients reach a disk. Each turns what it is asked into
 //! [`block::Request`]s and each answer into its own protocol's words.
 
+mod backing;
 pub mod budget;
 mod complaints;
+#[allow(unsafe_code)] // one of the few rooms: handles the signal for memory that is gone
+mod fault;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod listen;
+#[allow(unsafe_code)] // one of the few rooms: memory that others share
+mod mapping;
 pub mod nbd;
+mod room;
 mod signal;
+#[cfg(test)]
+mod tripwire;
 pub mod vhost;
+#[allow(unsafe_code)] // one of the few rooms: memory that others share
+mod words;
+pub mod xen;
 
 use block::{Limits, Request};
 pub use disk::GiveUp;

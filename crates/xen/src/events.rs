@@ -21,6 +21,9 @@ pub trait Events {
 
 /// Our end of an event channel; dropping it unbinds it, and then another process can bind it anew.
 pub trait Channel {
+    /// The number of our end.
+    fn port(&self) -> Port;
+
     /// A descriptor that becomes readable when the other side has rung. Only to be waited for: reading is for
     /// [`Channel::take`].
     ///

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use block::{Buf, Errno};
 
+use crate::events::Port;
 use crate::{Domain, PAGE};
 
 /// A number under which a domain has granted us one of its pages (`grant_ref_t`).
@@ -96,6 +97,15 @@ pub struct Transfer {
     pub result: Result<(), Errno>,
 }
 
+/// What happens when pages are unmapped, also by the death of this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Farewell {
+    /// This byte of the mapping becomes zero, so that the domain sees it.
+    pub clear: Option<usize>,
+    /// This end of ours of an event channel rings ([`Channel::port`](crate::events::Channel::port)).
+    pub ring: Option<Port>,
+}
+
 /// Access to memory that other domains have granted.
 pub trait Grants {
     /// Maps pages of a domain, one after the other.
@@ -103,6 +113,18 @@ pub trait Grants {
     /// # Errors
     /// If one of them is not granted (EINVAL and the like) or there is no room; then none is mapped.
     fn map(&self, domain: Domain, refs: &[GrantRef], access: Access) -> Result<Mapping, Errno>;
+
+    /// Maps pages of a domain as [`Grants::map`] does, and leaves word of what is to happen when they are unmapped.
+    ///
+    /// # Errors
+    /// As for `map`; EINVAL too if the byte is not within the pages or the port is not ours.
+    fn map_telling(
+        &self,
+        domain: Domain,
+        refs: &[GrantRef],
+        access: Access,
+        farewell: Farewell,
+    ) -> Result<Mapping, Errno>;
 
     /// Does all these copies in one go. Each has its own result: one that fails leaves the others alone.
     fn copy(&self, domain: Domain, transfers: &mut [Transfer]);

@@ -4,9 +4,15 @@
 //! /dev/xen/evtchn), and a fake within the process. The xenstore's seam is its wire protocol: the client speaks it over
 //! /dev/xen/xenbus, over the daemon's socket, or over a socket to a fake store.
 
+#[cfg(any(test, feature = "fake"))]
+mod copy;
 pub mod events;
+#[cfg(feature = "fake")]
+#[allow(unsafe_code)] // one of the few rooms: memory of domains
+pub mod fake;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
+pub mod store;
 
 use std::fmt;
 

@@ -73,7 +73,7 @@ pub(crate) fn completes(work: &Work, arguments: &DiskFull) -> Result<()> {
     others_go_on(&mut other).context("beside the held writes")?;
     server.signal(Signal::USR1)?;
     until(Duration::from_secs(5), "SIGUSR1 says that requests are held", || {
-        Ok(server.said().contains("held"))
+        Ok(server.said().contains("requests are held"))
     })?;
     ensure!(!writer.is_finished(), "the writer was answered although there is no space");
     server.must_live()?;
@@ -139,7 +139,7 @@ pub(crate) fn ends(work: &Work, arguments: &DiskFull) -> Result<()> {
     ensure!(held >= DEPTH as u64, "only {held} of {DEPTH} held writes were answered ENOSPC");
     let others = written.failed.keys().any(|errno| ![Errno::NOSPC, Errno::SHUTDOWN].contains(errno));
     ensure!(!others, "held writes were answered {:?}", written.failed);
-    ensure!(words.contains("held"), "nothing was said about held requests:\n{words}");
+    ensure!(words.contains("requests that fail are held"), "nothing was said about held requests:\n{words}");
     println!("     the server ended with {status}");
     ground.remount()?;
     let found = check_file(&ground.path("disk.raw"), &model)?.require("in the image")?;

@@ -9,14 +9,14 @@ use runtime::{BoxFuture, Fd, Handle, join_all};
 
 use super::bell::{self, NoBell};
 use super::config::{self, Shape, feature};
-use super::fault;
 use super::inflight::{Inflight, InflightError};
-use super::memory::{MapError, Memory, RegionSpec};
+use super::memory::{Memory, RegionError, RegionSpec};
 use super::queue::Queue;
 use super::request::{ID_LEN, Terms};
 use super::ring::{self, Addresses, Ring, RingError, Ways};
 use super::run::{Bells, Failure, Run};
 use crate::complaints::Complaints;
+use crate::fault;
 use crate::signal::Signal;
 use crate::{Disk, Session};
 
@@ -52,7 +52,7 @@ pub(crate) enum Violation {
     #[error("{0} regions of memory: there may be {MEMORY_REGIONS_MAX}")]
     Regions(usize),
     #[error(transparent)]
-    Map(#[from] MapError),
+    Map(#[from] RegionError),
     #[error("no region like {0:?} was added")]
     NoRegion(RegionSpec),
     #[error("ring {index}: there are {queues}")]

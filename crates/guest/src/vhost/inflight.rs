@@ -15,7 +15,8 @@ use std::sync::atomic::Ordering::{Relaxed, Release};
 use block::Errno;
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::memory::{MapError, Mapping, Words};
+use crate::mapping::{MapError, Mapping};
+use crate::words::Words;
 
 /// "QueueRegionSplit", before its array.
 const FEATURES: usize = 0;
@@ -89,7 +90,7 @@ fn check_shape(queues: u16, queue_len: u16) -> Result<(), InflightError> {
 
 /// A region for the rings of one device.
 pub(crate) struct Inflight {
-    words: Words,
+    words: Words<Mapping>,
     queues: u16,
     queue_len: u16,
     /// Where our own page starts, if the region has one.
@@ -183,7 +184,7 @@ impl Inflight {
 
 /// One ring's part of a region: which of its heads are out.
 pub(crate) struct Marks {
-    words: Words,
+    words: Words<Mapping>,
     /// Where its part starts.
     at: usize,
     /// Heads that there is room for.

@@ -7,15 +7,14 @@ use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use block::{Buf, Errno};
+use block::Buf;
 use runtime::{Handle, RegisteredMemory};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::backing::{self, Unfit};
-use super::fault::{self, Refusal, Watched};
-use super::room::{NoRoom, Room, Taken};
+use crate::mapping::{MapError, Mapping};
+use crate::room::Room;
+use crate::words::{Words, may_store};
 
 /// Where a region lies, as the front end tells it ("Memory region description"). All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,21 +31,13 @@ pub(crate) struct RegionSpec {
 
 /// Why a region cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum MapError {
-    #[error("a region of {len} bytes at {at:#x} in memory and at {offset:#x} in its file")]
-    Range { at: u64, len: u64, offset: u64 },
-    #[error("a region of {len} bytes from byte {offset} of a file of {file} bytes")]
-    FileTooShort { file: u64, offset: u64, len: u64 },
+pub(crate) enum RegionError {
+    #[error("a region of {len} bytes at {at:#x} in memory")]
+    Range { at: u64, len: u64 },
     #[error("regions overlap: {len} bytes at {at:#x} and {other_len} bytes at {other:#x}")]
     Overlap { at: u64, len: u64, other: u64, other_len: u64 },
-    #[error("the memory cannot be mapped: {0}")]
-    Map(Errno),
     #[error(transparent)]
-    Unfit(#[from] Unfit),
-    #[error(transparent)]
-    Room(#[from] NoRoom),
-    #[error(transparent)]
-    Watch(#[from] Refusal),
+    Map(#[from] MapError),
 }
 
 /// Why bytes of the guest's memory cannot be had.
@@ -56,198 +47,6 @@ pub(crate) enum Outside {
     Hole { at: u64, len: u64 },
     #[error("the file behind the memory at {at:#x} was cut short")]
     Gone { at: u64 },
-}
-
-/// A part of a file in our address space, shared with whoever else has that file.
-pub(crate) struct Mapping {
-    /// The first byte that was asked for.
-    ptr: NonNull<u8>,
-    len: usize,
-    /// What was reserved for that: the whole pages that hold it, and pages around them that nobody may touch.
-    reserved: NonNull<u8>,
-    reserved_len: usize,
-    watched: Option<Watched>,
-    /// Given back after it is unmapped.
-    _taken: Taken,
-}
-
-/// `f_type` of hugetlbfs (linux/magic.h).
-const HUGETLBFS: i64 = 0x9584_58f6;
-
-impl Mapping {
-    /// Maps `len` bytes of a file from byte `offset` on, for reading and writing, where there is `room` for them.
-    pub(crate) fn new(
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        len: u64,
-        room: &Rc<Room>,
-    ) -> Result<Rc<Mapping>, MapError> {
-        let range = || MapError::Range { at: 0, len, offset };
-        let end =
-            offset.checked_add(len).filter(|end| len > 0 && *end <= i64::MAX as u64).ok_or_else(range)?;
-        let failed =
-            |errno: rustix::io::Errno| MapError::Map(Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO));
-        backing::check(fd)?;
-        let stat = rustix::fs::fstat(fd).map_err(failed)?;
-        let is_regular =
-            rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile;
-        let file = u64::try_from(stat.st_size).unwrap_or(0);
-        if is_regular && file < end {
-            return Err(MapError::FileTooShort { file, offset, len });
-        }
-        let mut page = rustix::param::page_size() as u64;
-        let filesystem = rustix::fs::fstatfs(fd).map_err(failed)?;
-        if filesystem.f_type as i64 == HUGETLBFS {
-            // Its mappings start and end at its own pages.
-            page = (filesystem.f_bsize as u64).max(page);
-        }
-        if !page.is_power_of_two() {
-            return Err(range());
-        }
-        let from = offset & !(page - 1);
-        let to = end.checked_next_multiple_of(page).ok_or_else(range)?;
-        let mapped = usize::try_from(to - from).ok().filter(|len| *len <= isize::MAX as usize);
-        let (mapped, page) = (mapped.ok_or_else(range)?, page as usize);
-        // A page before it, one behind it, and one to start at a multiple of a page that is not the machine's.
-        let reserved_len = mapped.checked_add(3 * page).ok_or_else(range)?;
-        let taken = room.take(reserved_len as u64)?;
-        let (none, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
-        // SAFETY: a new mapping, wherever the kernel puts it.
-        let reserved = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), reserved_len, none, flags) };
-        let reserved = reserved.map_err(failed)?.cast::<u8>();
-        let skip = reserved.addr().next_multiple_of(page) - reserved.addr() + page;
-        // SAFETY: less than two pages, and so within what was reserved, as are `mapped` bytes from there on.
-        let (base, ptr) = unsafe { (reserved.add(skip), reserved.add(skip + (offset - from) as usize)) };
-        let (Some(reserved), Some(ptr)) = (NonNull::new(reserved), NonNull::new(ptr)) else {
-            return Err(MapError::Map(Errno::ENOMEM));
-        };
-        // From here on dropping it unmaps.
-        let len = len as usize;
-        let mut mapping = Mapping { ptr, len, reserved, reserved_len, watched: None, _taken: taken };
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: in the place of pages that were just reserved and that nobody else knows of.
-        let mapped_at =
-            unsafe { rustix::mm::mmap(base.cast(), mapped, access, flags | MapFlags::FIXED, fd, from) };
-        mapped_at.map_err(failed)?;
-        // A guest's memory is its own affair: it does not go into a core dump of ours.
-        // SAFETY: advice about what was just mapped, which changes nothing of its contents.
-        let advised = unsafe { rustix::mm::madvise(base.cast(), mapped, Advice::LinuxDontDump) };
-        if let Err(errno) = advised {
-            tracing::debug!(%errno, "guest memory would be in a core dump");
-        }
-        mapping.watched = Some(Watched::new(base.addr(), mapped)?);
-        Ok(Rc::new(mapping))
-    }
-
-    /// A mapping that nobody watches over, as the process may have others: a test shows what becomes of these.
-    #[cfg(test)]
-    pub(super) fn new_unwatched(fd: &OwnedFd, len: u64) -> Rc<Mapping> {
-        let mapping = Mapping::new(fd.as_fd(), 0, len, &Rc::default());
-        let mut mapping = Rc::into_inner(mapping.expect("a file of that length"));
-        mapping.iter_mut().for_each(|mapping| mapping.watched = None);
-        Rc::new(mapping.expect("nobody else has it yet"))
-    }
-
-    /// Whether its file was cut short under somebody's hands.
-    #[inline]
-    pub(crate) fn is_broken(&self) -> bool {
-        // Almost always that is known without a look at the mapping.
-        fault::count() != 0 && self.watched.as_ref().is_some_and(Watched::is_broken)
-    }
-
-    /// `len` bytes of it from byte `at` on; `None` where that is not within it.
-    pub(crate) fn words(self: &Rc<Self>, at: usize, len: usize) -> Option<Words> {
-        let end = at.checked_add(len)?;
-        if end > self.len {
-            return None;
-        }
-        // SAFETY: within the mapping, as was just checked.
-        Some(Words { ptr: unsafe { self.ptr.add(at) }, len, mapping: self.clone() })
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // First, so that nothing is put in the place of memory that is somebody else's by then.
-        self.watched = None;
-        // SAFETY: reserved in `new`, and whoever uses it has a clone of the `Rc` that is being dropped.
-        if let Err(errno) = unsafe { rustix::mm::munmap(self.reserved.as_ptr().cast(), self.reserved_len) } {
-            tracing::error!(%errno, "guest memory could not be unmapped (a bug in tapdisk)");
-        }
-    }
-}
-
-/// Words in shared memory, at offsets of bytes. The numbers are little-endian there.
-///
-/// # Panics
-/// Its methods, where a word does not lie within it: offsets are ours, never a guest's.
-#[derive(Clone)]
-pub(crate) struct Words {
-    ptr: NonNull<u8>,
-    len: usize,
-    mapping: Rc<Mapping>,
-}
-
-macro_rules! words {
-    ($($read:ident $write:ident $number:ident $atomic:ident)*) => {
-        $(
-            #[inline]
-            pub(crate) fn $read(&self, at: usize, order: Ordering) -> $number {
-                let ptr = self.at(at, size_of::<$number>()).cast::<$number>();
-                // SAFETY: within the mapping and aligned (`at` has checked both), and never named by a reference that
-                // is not to an atomic.
-                $number::from_le(unsafe { $atomic::from_ptr(ptr) }.load(order))
-            }
-
-            #[inline]
-            pub(crate) fn $write(&self, at: usize, number: $number, order: Ordering) {
-                let ptr = self.at(at, size_of::<$number>()).cast::<$number>();
-                if !may_store() {
-                    return;
-                }
-                // SAFETY: as above.
-                unsafe { $atomic::from_ptr(ptr) }.store(number.to_le(), order);
-            }
-        )*
-    };
-}
-
-impl Words {
-    words! {
-        u8 put_u8 u8 AtomicU8
-        u16 put_u16 u16 AtomicU16
-        u32 put_u32 u32 AtomicU32
-        u64 put_u64 u64 AtomicU64
-    }
-
-    #[inline]
-    fn at(&self, at: usize, size: usize) -> *mut u8 {
-        assert!(at < self.len && size <= self.len - at, "a word at {at} of {} bytes", self.len);
-        // SAFETY: within the mapping, as was just checked.
-        let ptr = unsafe { self.ptr.as_ptr().add(at) };
-        debug_assert!(ptr.addr().is_multiple_of(size), "a word at {at} is not aligned");
-        ptr
-    }
-
-    /// Whether it starts at a multiple of `align` bytes.
-    pub(crate) fn is_aligned(&self, align: usize) -> bool {
-        self.ptr.as_ptr().addr().is_multiple_of(align)
-    }
-
-    /// Whether the file behind it was cut short.
-    #[inline]
-    pub(crate) fn is_broken(&self) -> bool {
-        self.mapping.is_broken()
-    }
-}
-
-/// Whether a store into shared memory takes place: a test may stop the world after any of them.
-#[inline]
-fn may_store() -> bool {
-    #[cfg(test)]
-    return super::tripwire::may_store();
-    #[cfg(not(test))]
-    true
 }
 
 /// One byte of a guest's memory, to be written later: a status.
@@ -289,16 +88,16 @@ impl Region {
         fd: BorrowedFd<'_>,
         registrar: Option<&Handle>,
         room: &Rc<Room>,
-    ) -> Result<Rc<Region>, MapError> {
+    ) -> Result<Rc<Region>, RegionError> {
         let RegionSpec { guest, len, user, offset } = spec;
         for at in [guest, user] {
             if len == 0 || at.checked_add(len).is_none() {
-                return Err(MapError::Range { at, len, offset });
+                return Err(RegionError::Range { at, len });
             }
         }
         let mapping = Mapping::new(fd, offset, len, room)?;
         let registered = registrar.map(|handle| register(handle, &mapping)).unwrap_or_default();
-        Ok(Rc::new(Region { spec, ptr: mapping.ptr, registered, mapping }))
+        Ok(Rc::new(Region { spec, ptr: mapping.ptr(), registered, mapping }))
     }
 
     /// The number under which the kernel knows these bytes of it, if it does and they lie in one piece.
@@ -322,16 +121,16 @@ impl Region {
 /// Tells the kernel of all of a mapping, or of nothing: then I/O on it costs a little more.
 fn register(handle: &Handle, mapping: &Mapping) -> Vec<RegisteredMemory> {
     // SAFETY: within the mapping, which the region keeps for longer than the registration.
-    let whole = unsafe { Buf::from_raw(mapping.ptr, mapping.len, None, Rc::new(())) };
+    let whole = unsafe { Buf::from_raw(mapping.ptr(), mapping.len(), None, Rc::new(())) };
     let mut registered = Vec::new();
-    for at in (0..mapping.len).step_by(PIECE_LEN) {
-        let piece = whole.slice(at, PIECE_LEN.min(mapping.len - at));
+    for at in (0..mapping.len()).step_by(PIECE_LEN) {
+        let piece = whole.slice(at, PIECE_LEN.min(mapping.len() - at));
         for segment in piece.segments() {
             // SAFETY: the mapping stays for as long as the region, which owns what is registered.
             match unsafe { handle.register_memory(*segment) } {
                 Ok(piece) => registered.push(piece),
                 Err(errno) => {
-                    let bytes = mapping.len;
+                    let bytes = mapping.len();
                     tracing::warn!(
                         bytes,
                         %errno,
@@ -364,7 +163,7 @@ impl Memory {
         &self,
         regions: Vec<(RegionSpec, OwnedFd)>,
         registrar: Option<&Handle>,
-    ) -> Result<Memory, MapError> {
+    ) -> Result<Memory, RegionError> {
         let mut memory = Memory { room: self.room.clone(), ..Memory::default() };
         for (spec, fd) in regions {
             memory = memory.with(spec, fd.as_fd(), registrar)?;
@@ -378,7 +177,7 @@ impl Memory {
         spec: RegionSpec,
         fd: BorrowedFd<'_>,
         registrar: Option<&Handle>,
-    ) -> Result<Memory, MapError> {
+    ) -> Result<Memory, RegionError> {
         // Only for the guest: a front end may have mapped its memory more than once, or may show it twice.
         for region in &self.regions {
             let other = region.spec;
@@ -386,7 +185,7 @@ impl Memory {
                 || other.guest >= spec.guest.saturating_add(spec.len);
             if !is_apart {
                 let (at, len, other, other_len) = (spec.guest, spec.len, other.guest, other.len);
-                return Err(MapError::Overlap { at, len, other, other_len });
+                return Err(RegionError::Overlap { at, len, other, other_len });
             }
         }
         let mut regions = self.regions.clone();
@@ -451,7 +250,7 @@ impl Memory {
             if region.mapping.is_broken() {
                 return Err(Outside::Gone { at: next });
             }
-            let part = left.min(region.mapping.len - offset);
+            let part = left.min(region.mapping.len() - offset);
             // SAFETY: `offset` is within the region, and so is `offset + part`.
             each(region, unsafe { region.ptr.add(offset) }, part);
             left -= part;
@@ -467,7 +266,7 @@ impl Memory {
     #[inline(always)]
     pub(crate) fn buf(&self, at: u64, len: usize) -> Result<Buf, Outside> {
         if let Some((region, offset)) = self.find(at)
-            && len <= region.mapping.len - offset
+            && len <= region.mapping.len() - offset
             && !region.mapping.is_broken()
         {
             // SAFETY: `offset` is within the region.
@@ -510,7 +309,7 @@ impl Memory {
     pub(crate) fn u128(&self, at: u64) -> Result<u128, Outside> {
         let mut bytes = [0; 16];
         if let Some((region, offset)) = self.find(at)
-            && bytes.len() <= region.mapping.len - offset
+            && bytes.len() <= region.mapping.len() - offset
             && !region.mapping.is_broken()
         {
             // SAFETY: within the region, as was just checked.
@@ -536,7 +335,7 @@ impl Memory {
     }
 
     /// Words at an address of the front end's process: parts of a ring, which lie within one region.
-    pub(crate) fn words(&self, user: u64, len: usize) -> Result<Words, Outside> {
+    pub(crate) fn words(&self, user: u64, len: usize) -> Result<Words<Mapping>, Outside> {
         let hole = Outside::Hole { at: user, len: len as u64 };
         let holds = |region: &&Rc<Region>| user.wrapping_sub(region.spec.user) < region.spec.len;
         let region = self.regions.iter().find(holds).ok_or(hole)?;

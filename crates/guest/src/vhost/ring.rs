@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::fence;
 
 use super::inflight::InflightError;
-use super::memory::{Memory, Outside, Words};
+use super::memory::{Memory, Outside};
+use crate::mapping::Mapping;
+use crate::words::Words;
 
 /// The longest ring: QEMU's longest (VIRTQUEUE_MAX_SIZE). Virtio would allow 32768 (2.7), and each descriptor of
 /// those could be a request with a thousand pieces that we keep.
@@ -169,9 +171,9 @@ impl Descriptor {
 
 /// The words of a ring.
 struct Parts {
-    descriptors: Words,
-    avail: Words,
-    used: Words,
+    descriptors: Words<Mapping>,
+    avail: Words<Mapping>,
+    used: Words<Mapping>,
 }
 
 impl Parts {

@@ -15,10 +15,10 @@ use super::super::inflight::Inflight;
 use super::super::memory::Memory;
 use super::super::queue::{Queue, Taken};
 use super::super::ring::Ways;
-use super::super::tripwire;
 use super::desk::{DATA, HEADER, PARTS, RING, STATUS, TABLE, WAYS, terms};
 use super::driver::{Driver, header};
 use super::ram::Ram;
+use crate::tripwire;
 
 const SIZE: u16 = 8;
 const BLOCKS: u64 = 5;

@@ -7,9 +7,10 @@ use std::process::Command;
 
 use block::Buf;
 
-use super::super::fault;
-use super::super::memory::{MapError, Mapping, Memory, Outside, RegionSpec};
+use super::super::memory::{Memory, Outside, RegionError, RegionSpec};
 use super::ram::{Ram, USER};
+use crate::fault;
+use crate::mapping::Mapping;
 
 const MIB: u64 = 1 << 20;
 
@@ -160,8 +161,8 @@ fn regions_do_not_overlap() {
     assert_eq!(two(spec(0, USER), spec(0x1000, USER + 0x1000)), Ok(2));
     assert_eq!(two(spec(0, USER), spec(0x1000, USER)), Ok(2), "shown twice");
     for other in [spec(0, USER + MIB), spec(0xfff, USER + MIB)] {
-        assert!(matches!(two(spec(0, USER), other), Err(MapError::Overlap { .. })), "{other:?}");
-        assert!(matches!(two(other, spec(0, USER)), Err(MapError::Overlap { .. })), "{other:?}");
+        assert!(matches!(two(spec(0, USER), other), Err(RegionError::Overlap { .. })), "{other:?}");
+        assert!(matches!(two(other, spec(0, USER)), Err(RegionError::Overlap { .. })), "{other:?}");
     }
 }
 

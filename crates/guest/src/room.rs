@@ -8,8 +8,8 @@ use std::rc::Rc;
 /// their layout may map them twice.
 pub(crate) const BYTES_MAX: u64 = 4 << 40;
 /// Mappings of one device: all regions that it may have, as many that are only kept by I/O under way, and the in-flight
-/// regions. All front ends of a process share the places of [`super::fault`].
-pub(crate) const MAPPINGS_MAX: usize = 2 * super::device::MEMORY_REGIONS_MAX + 8;
+/// regions. All front ends of a process share the places of [`crate::fault`].
+pub(crate) const MAPPINGS_MAX: usize = 2 * crate::vhost::MEMORY_REGIONS_MAX + 8;
 
 /// Why there is no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
