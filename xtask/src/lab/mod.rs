@@ -3,12 +3,14 @@
 pub(crate) mod control;
 pub(crate) mod disk_full;
 pub(crate) mod ground;
+pub(crate) mod guest_disk;
 pub(crate) mod guest_log;
 pub(crate) mod hold;
 pub(crate) mod kernel;
 pub(crate) mod kernel_log;
 pub(crate) mod qemu;
 pub(crate) mod shell;
+pub(crate) mod verifier;
 pub(crate) mod writer;
 pub(crate) mod xen;
 

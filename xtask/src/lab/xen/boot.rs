@@ -51,9 +51,26 @@ impl<'a> Boot<'a> {
 
     /// Makes a domain and waits until it obeys. What its kernel said at the start is of no interest to scenarios.
     pub(crate) fn create(&mut self, plan: domain::Plan) -> Result<()> {
-        let domain = Domain::create(self, plan, "")?;
+        let domain = Domain::create(self, plan, false)?;
         self.domains.push(domain);
-        self.guest(plan.name)?.sh("dmesg -c > /run/boot.log").map(drop)
+        self.wait_for_the_start(plan.name)
+    }
+
+    /// Makes a domain that does not run yet.
+    pub(crate) fn create_paused(&mut self, plan: domain::Plan) -> Result<()> {
+        let domain = Domain::create(self, plan, true)?;
+        self.domains.push(domain);
+        Ok(())
+    }
+
+    /// Lets it run, and waits until it obeys.
+    pub(crate) fn unpause(&mut self, name: &str) -> Result<()> {
+        self.sh(&format!("xl unpause {name} 2>&1"))?;
+        self.wait_for_the_start(name)
+    }
+
+    fn wait_for_the_start(&mut self, name: &str) -> Result<()> {
+        self.guest(name)?.sh("dmesg -c > /run/boot.log").map(drop)
     }
 
     /// Makes it if there is none of that name.
@@ -65,12 +82,14 @@ impl<'a> Boot<'a> {
     pub(crate) fn destroy(&mut self, name: &str) -> Result<()> {
         let id = self.domain(name)?.id;
         self.sh(&format!("xl destroy {id} 2>&1"))?;
-        self.domains.retain(|domain| domain.plan.name != name);
-        self.wait_until_gone(id)
+        self.wait_until_gone(name)
     }
 
-    /// A domain whose memory someone still holds stays as a shadow of itself.
-    pub(crate) fn wait_until_gone(&mut self, id: u32) -> Result<()> {
+    /// Waits until nothing of a domain is left, which has ended or is about to. One whose memory someone still holds
+    /// stays as a shadow of itself.
+    pub(crate) fn wait_until_gone(&mut self, name: &str) -> Result<()> {
+        let id = self.domain(name)?.id;
+        self.domains.retain(|domain| domain.plan.name != name);
         until(Duration::from_secs(120), &format!("domain {id} is gone"), || {
             Ok(self
                 .sh("xl list | tail -n +2 | cut -c 41-45")?

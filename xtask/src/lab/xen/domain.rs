@@ -41,8 +41,9 @@ pub(crate) struct Domain {
 }
 
 impl Domain {
-    /// Has xl make it. What it says on its console appears on the machine's.
-    pub(crate) fn create(boot: &mut Boot<'_>, plan: Plan, how: &str) -> Result<Domain> {
+    /// Has xl make it, paused or running. What it says on its console appears on the machine's.
+    pub(crate) fn create(boot: &mut Boot<'_>, plan: Plan, is_paused: bool) -> Result<Domain> {
+        let how = if is_paused { "-p" } else { "" };
         let name = plan.name;
         let log = format!("/var/log/xen/guest-{name}.log");
         boot.sh(&format!(

@@ -15,9 +15,14 @@ pub(crate) struct Ground {
 }
 
 impl Ground {
+    /// The one on this disk.
+    pub(crate) fn on(disk: &str) -> Ground {
+        Ground { device: format!("/dev/{disk}"), folder: format!("/images/{disk}") }
+    }
+
     /// Makes one on a disk and mounts it under `/images`; with so much free space, or with all of the disk.
     pub(crate) fn make(boot: &mut Boot<'_>, disk: &str, free: Option<u64>) -> Result<Ground> {
-        let ground = Ground { device: format!("/dev/{disk}"), folder: format!("/images/{disk}") };
+        let ground = Ground::on(disk);
         let Ground { device, folder } = &ground;
         let blocks = free.map(|free| ((free + OVERHEAD) / 4096).to_string()).unwrap_or_default();
         // All tables are written now: later they would take the space that we count.

@@ -3,9 +3,11 @@
 //! What is expected comes from the guest's kernel, from e2fsck, from the verifier in the guest, from Xen's own tools.
 
 mod boot;
+mod death;
 mod domain;
 mod full;
 mod ground;
+mod nodes;
 mod server;
 mod stage;
 
@@ -25,6 +27,9 @@ pub(crate) struct Xen {
     /// Only the scenarios whose name contains this.
     #[arg(long, value_name = "WORD")]
     only: Option<String>,
+    /// What serves the disks. The kernel's own back end is here to prove the scenarios, where it can.
+    #[arg(long, value_enum, default_value = "tapdisk")]
+    server: server::Kind,
     /// The tapdisk that serves, if not the one built here.
     #[arg(long, value_name = "PATH")]
     program: Option<PathBuf>,
@@ -39,7 +44,7 @@ pub(crate) struct Xen {
 impl Xen {
     /// The scenarios as `ci` runs them.
     pub(crate) fn of_tapdisk() -> Xen {
-        Xen { only: None, program: None, seed: 1, shell: false }
+        Xen { only: None, server: server::Kind::Tapdisk, program: None, seed: 1, shell: false }
     }
 
     fn program(&self) -> Result<PathBuf> {
@@ -55,6 +60,8 @@ impl Xen {
 pub(crate) struct Scenario {
     name: &'static str,
     run: fn(&mut Boot<'_>) -> Result<()>,
+    /// Whether the kernel's back end can do it, too.
+    peer: bool,
 }
 
 /// What a machine is booted for, in this order.
@@ -64,7 +71,10 @@ struct Group {
     scenarios: &'static [Scenario],
 }
 
-const GROUPS: &[Group] = &[Group { name: "full", make: full::boot, scenarios: full::SCENARIOS }];
+const GROUPS: &[Group] = &[
+    Group { name: "death", make: death::boot, scenarios: death::SCENARIOS },
+    Group { name: "full", make: full::boot, scenarios: full::SCENARIOS },
+];
 
 /// All scenarios, several a boot.
 pub(crate) fn run(arguments: &Xen) -> Result<()> {
@@ -87,8 +97,14 @@ pub(crate) fn run(arguments: &Xen) -> Result<()> {
 }
 
 fn run_group(stage: &Stage, group: &Group, report: &mut Report) {
-    let wanted: Vec<&Scenario> =
-        group.scenarios.iter().filter(|scenario| stage.arguments.wants(scenario.name)).collect();
+    let mut wanted = Vec::new();
+    for scenario in group.scenarios.iter().filter(|scenario| stage.arguments.wants(scenario.name)) {
+        if stage.arguments.server == server::Kind::Tapdisk || scenario.peer {
+            wanted.push(scenario);
+        } else {
+            report.skip(scenario.name, "only with tapdisk");
+        }
+    }
     if wanted.is_empty() {
         return;
     }

@@ -2,11 +2,20 @@
 
 use crate::command::until;
 use crate::lab::xen::boot::Boot;
+use crate::lab::xen::nodes;
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use lab::shell::Shell;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Who serves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Kind {
+    Tapdisk,
+    Blkback,
+}
 
 /// A disk and how it is served.
 #[derive(Clone, Debug)]
@@ -19,6 +28,10 @@ pub(crate) struct Plan {
     pub(crate) disk: &'static str,
     /// Its path in dom0.
     pub(crate) image: String,
+    /// If it must be this one, whoever is asked for.
+    pub(crate) kind: Option<Kind>,
+    /// Whether tapdisk finds nodes that a toolstack wrote.
+    pub(crate) has_nodes: bool,
     /// More of tapdisk's arguments.
     pub(crate) more: String,
 }
@@ -27,7 +40,19 @@ impl Plan {
     /// The disk is called by its domain and its name there.
     pub(crate) fn new(domain: &'static str, disk: &'static str, image: &str) -> Plan {
         let name = format!("{domain}-{disk}");
-        Plan { name, domain, disk, image: image.to_owned(), more: String::new() }
+        Plan {
+            name,
+            domain,
+            disk,
+            image: image.to_owned(),
+            kind: None,
+            has_nodes: false,
+            more: String::new(),
+        }
+    }
+
+    pub(crate) fn by(self, kind: Kind) -> Plan {
+        Plan { kind: Some(kind), ..self }
     }
 
     pub(crate) fn with(mut self, more: &str) -> Plan {
@@ -36,48 +61,67 @@ impl Plan {
     }
 }
 
-/// A tapdisk in dom0, running or ended.
+/// What serves a disk, running or ended.
 pub(crate) struct Server {
     pub(crate) plan: Plan,
     pub(crate) domain: u32,
-    pub(crate) pid: u32,
-    /// So many times it was started.
-    starts: usize,
+    process: Process,
+}
+
+enum Process {
+    Tapdisk {
+        pid: u32,
+        /// So many times it was started.
+        starts: usize,
+    },
+    /// Through this loop device.
+    Blkback { device: String },
 }
 
 impl Server {
     /// Starts it, and waits until the domain has the disk.
     pub(crate) fn attach(boot: &mut Boot<'_>, plan: Plan) -> Result<Server> {
-        let disk = plan.disk;
         let mut server = Server::start(boot, plan)?;
-        let device = format!("test -b /dev/{disk}");
-        until(PATIENCE, "the domain has the disk", || {
-            server.must_live(boot)?;
-            Ok(boot.guest(server.plan.domain)?.run(&device)?.status == 0)
-        })?;
+        server.wait_for_the_disk(boot)?;
         Ok(server)
     }
 
     /// Starts it, and does not wait.
     pub(crate) fn start(boot: &mut Boot<'_>, plan: Plan) -> Result<Server> {
         let domain = boot.domain(plan.domain)?.id;
-        let pid = spawn(boot, &plan, domain)?;
-        Ok(Server { plan, domain, pid, starts: 1 })
+        let process = match plan.kind.unwrap_or(boot.stage.arguments.server) {
+            Kind::Tapdisk => Process::Tapdisk { pid: spawn(boot, &plan, domain)?, starts: 1 },
+            Kind::Blkback => Process::Blkback { device: through_a_loop(boot, &plan, domain)? },
+        };
+        Ok(Server { plan, domain, process })
+    }
+
+    /// Waits until the domain has the disk.
+    pub(crate) fn wait_for_the_disk(&mut self, boot: &mut Boot<'_>) -> Result<()> {
+        let device = format!("test -b /dev/{}", self.plan.disk);
+        until(PATIENCE, "the domain has the disk", || {
+            self.must_live(boot)?;
+            Ok(boot.guest(self.plan.domain)?.run(&device)?.status == 0)
+        })
     }
 
     /// Starts it again after its end.
     pub(crate) fn start_again(&mut self, boot: &mut Boot<'_>) -> Result<()> {
         ensure!(self.ended(boot)?.is_some(), "it still runs");
-        self.pid = spawn(boot, &self.plan, self.domain)?;
-        self.starts += 1;
+        let fresh = spawn(boot, &self.plan, self.domain)?;
+        if let Process::Tapdisk { pid, starts } = &mut self.process {
+            *pid = fresh;
+            *starts += 1;
+        }
         Ok(())
     }
 
     /// Waits until it says that it serves. A signal before that would end it as it ends any process.
     pub(crate) fn wait_until_it_serves(&mut self, boot: &mut Boot<'_>) -> Result<()> {
+        let Process::Tapdisk { starts, .. } = self.process else { return Ok(()) };
         until(PATIENCE, "tapdisk says what it serves", || {
             self.must_live(boot)?;
-            Ok(self.said(boot)?.lines().filter(|line| line.starts_with("Serving ")).count() >= self.starts)
+            Ok(self.said(boot)?.lines().filter(|line| line.starts_with("Serving ")).count() >= starts)
         })
     }
 
@@ -91,7 +135,10 @@ impl Server {
     }
 
     pub(crate) fn signal(&self, boot: &mut Boot<'_>, name: &str) -> Result<()> {
-        boot.sh(&format!("kill -{name} {}", self.pid)).map(drop)
+        match &self.process {
+            Process::Tapdisk { pid, .. } => boot.sh(&format!("kill -{name} {pid}")).map(drop),
+            Process::Blkback { .. } => bail!("the kernel takes no signals"),
+        }
     }
 
     /// Asks it to end; it must say that all went well.
@@ -108,7 +155,8 @@ impl Server {
         Ok(())
     }
 
-    fn wait(&mut self, boot: &mut Boot<'_>) -> Result<i32> {
+    /// Waits for its end, and returns its status.
+    pub(crate) fn wait(&mut self, boot: &mut Boot<'_>) -> Result<i32> {
         let mut status = None;
         until(PATIENCE, &format!("{} has ended", self.plan.name), || {
             status = self.ended(boot)?;
@@ -127,6 +175,7 @@ impl Server {
 
     /// How it ended, if it has.
     pub(crate) fn ended(&self, boot: &mut Boot<'_>) -> Result<Option<i32>> {
+        let Process::Tapdisk { .. } = self.process else { return Ok(None) };
         let status = boot.sh(&format!("cat /run/serve/{}/status 2> /dev/null || true", self.plan.name))?;
         if status.is_empty() {
             return Ok(None);
@@ -139,17 +188,40 @@ impl Server {
         boot.sh(&format!("cat /run/logs/{}.log", self.plan.name))
     }
 
-    /// Has tapdisk's own subcommand detach the disk, and waits for the server's good end.
-    pub(crate) fn detach(&mut self, boot: &mut Boot<'_>) -> Result<()> {
-        let command = format!("tapdisk detach {}:{}", self.domain, self.plan.disk);
-        boot.sh(&format!("{command} 2>&1"))?;
-        self.must_end_well(boot)
+    /// Takes the disk from a domain that uses it no more.
+    pub(crate) fn detach(mut self, boot: &mut Boot<'_>) -> Result<()> {
+        let Plan { disk, domain, .. } = self.plan;
+        match &self.process {
+            Process::Tapdisk { .. } => {
+                boot.sh(&format!("tapdisk detach {}:{disk} 2>&1", self.domain))?;
+                self.must_end_well(boot)?;
+            }
+            Process::Blkback { device } => {
+                boot.sh(&nodes::close(self.domain, disk, "vbd")?)?;
+                free(boot, device)?;
+            }
+        }
+        let is_there = boot.guest(domain)?.run(&format!("test -e /sys/block/{disk}"))?.status == 0;
+        ensure!(!is_there, "the domain still has {disk}");
+        Ok(())
+    }
+
+    /// Its domain is gone: so must it be.
+    pub(crate) fn follow(mut self, boot: &mut Boot<'_>) -> Result<()> {
+        match &self.process {
+            Process::Tapdisk { .. } => self.must_end_well(boot).context("its domain is gone"),
+            Process::Blkback { device } => {
+                boot.sh(&format!("xenstore-rm /local/domain/0/backend/vbd/{} 2>&1", self.domain))?;
+                free(boot, device)
+            }
+        }
     }
 }
 
 fn spawn(boot: &mut Boot<'_>, plan: &Plan, domain: u32) -> Result<u32> {
     let Plan { name, disk, image, more, .. } = plan;
-    let command = format!("tapdisk serve --xen {domain}:{disk} --create-nodes {more} {image}");
+    let nodes = if plan.has_nodes { "" } else { "--create-nodes" };
+    let command = format!("tapdisk serve --xen {domain}:{disk} {nodes}{more} {image}");
     let pid = boot.sh(&format!(
         "mkdir -p /run/serve/{name}; cd /run/serve/{name}; rm -f pid status; echo '$ {command}' >> /run/logs/{name}.log\n\
          ({command} >> /run/logs/{name}.log 2>&1 & echo $! > pid.new; mv pid.new pid\n\
@@ -159,64 +231,21 @@ fn spawn(boot: &mut Boot<'_>, plan: &Plan, domain: u32) -> Result<u32> {
     pid.parse().with_context(|| format!("a strange number of a process: {pid}"))
 }
 
-/// A disk that dom0's kernel serves, through a loop device.
-pub(crate) struct Blkback {
-    domain: u32,
-    device: String,
+/// Has the kernel serve the disk.
+fn through_a_loop(boot: &mut Boot<'_>, plan: &Plan, domain: u32) -> Result<String> {
+    let Plan { disk, image, .. } = plan;
+    let number = boot.sh(&format!(
+        "set -e; losetup -f {image}; device=$(losetup -a | grep {image} | cut -d: -f1); echo ${{device#/dev/loop}}"
+    ))?;
+    let physical = format!("7:{number}");
+    boot.sh(&nodes::write(domain, disk, "vbd", &[("physical-device", &physical)])?)?;
+    Ok(format!("/dev/loop{number}"))
 }
 
-impl Blkback {
-    /// Attaches `image` to the domain as this disk.
-    pub(crate) fn attach(
-        boot: &mut Boot<'_>,
-        domain: &'static str,
-        disk: &str,
-        image: &str,
-    ) -> Result<Blkback> {
-        let id = boot.domain(domain)?.id;
-        let device = boot.sh(&format!(
-            "set -e; losetup -f {image}; device=$(losetup -a | grep {image} | cut -d: -f1); echo ${{device#/dev/loop}}"
-        ))?;
-        let nodes = nodes(id, disk, "vbd", &[("physical-device", &format!("7:{device}"))])?;
-        boot.sh(&nodes)?;
-        until(PATIENCE, "the domain has the disk", || {
-            Ok(boot.guest(domain)?.run(&format!("test -b /dev/{disk}"))?.status == 0)
-        })?;
-        Ok(Blkback { domain: id, device: format!("/dev/loop{device}") })
-    }
-
-    /// Once its domain is gone.
-    pub(crate) fn release(self, boot: &mut Boot<'_>) -> Result<()> {
-        boot.sh(&format!("set -e; xenstore-rm /local/domain/0/backend/vbd/{}", self.domain))?;
-        // The kernel's back end lets go of the device in its own time.
-        until(PATIENCE, "the loop device is free", || {
-            Ok(boot.run(&format!("losetup -d {0} 2>&1; ! losetup -a | grep -q {0}:", self.device))?.status
-                == 0)
-        })
-    }
-}
-
-/// The number that xenstore knows a disk by: major 202, 16 minors each (docs/misc/vbd-interface.txt).
-pub(crate) fn number(disk: &str) -> Result<u32> {
-    match disk.strip_prefix("xvd").map(str::as_bytes) {
-        Some([letter @ b'a'..=b'p']) => Ok((202 << 8) | (u32::from(letter - b'a') << 4)),
-        _ => bail!("`{disk}` is not between xvda and xvdp"),
-    }
-}
-
-/// A script that writes both ends' nodes as a toolstack does: all at once, since a back end that meets a front end
-/// without a state takes it for dead.
-pub(crate) fn nodes(domain: u32, disk: &str, kind: &str, more: &[(&str, &str)]) -> Result<String> {
-    let device = number(disk)?;
-    let back = format!("/local/domain/0/backend/{kind}/{domain}/{device}");
-    let front = format!("/local/domain/{domain}/device/vbd/{device}");
-    let more: String = more.iter().map(|(name, value)| format!(" {back}/{name} '{value}'")).collect();
-    Ok(format!(
-        "set -e; back={back}; front={front}\n\
-         xenstore-write $back ''; xenstore-chmod $back n0 r{domain}\n\
-         xenstore-write $front ''; xenstore-chmod $front n{domain} r0\n\
-         xenstore-write $back/frontend $front $back/frontend-id {domain} $back/online 1 $back/mode w \\\n\
-         $back/device-type disk $back/dev {disk}{more} $back/state 1 \\\n\
-         $front/backend $back $front/backend-id 0 $front/virtual-device {device} $front/device-type disk $front/state 1"
-    ))
+/// The kernel's back end lets go of the device in its own time.
+fn free(boot: &mut Boot<'_>, device: &str) -> Result<()> {
+    until(PATIENCE, "the loop device is free", || {
+        Ok(boot.run(&format!("losetup -d {device} 2> /dev/null; ! losetup -a | grep -q {device}:"))?.status
+            == 0)
+    })
 }
