@@ -37,6 +37,11 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use device::{Connection, Device, Offered, Parting, RingSpec, Start};
+#[cfg(feature = "fuzzing")]
+pub(crate) use layout::Abi;
+
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
