@@ -34,6 +34,7 @@ enum Part {
     Clients,
     Lab,
     LabQemu,
+    LabXen,
     Bench,
 }
 
@@ -52,6 +53,7 @@ impl Part {
             Part::Clients => "clients: libnbd, QEMU, fio, kill -9",
             Part::Lab => "lab: the disk of 2006 is full",
             Part::LabQemu => "lab-qemu: Linux guests on our disks",
+            Part::LabXen => "lab-xen: domains of Xen's on our disks",
             Part::Bench => "bench: it runs, against all peers",
         }
     }
@@ -74,6 +76,7 @@ impl Part {
             Part::Clients => clients::run(&clients::Arguments::of_tapdisk()),
             Part::Lab => lab::disk_full(&lab::DiskFull::of_tapdisk()),
             Part::LabQemu => lab::qemu::run(&lab::qemu::Qemu::of_tapdisk()),
+            Part::LabXen => lab::xen::run(&lab::xen::Xen::of_tapdisk()),
             Part::Bench => bench::with(&["--quick"]),
         }
     }

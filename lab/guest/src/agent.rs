@@ -1,9 +1,13 @@
 //! Doing as the host asks: scripts come through a virtio-serial port, what they say and their status goes back.
+//! In a domain of Xen's they come through xenstore, from dom0 (`domain.rs`).
 //!
 //! Host to guest: `LEN\n` and so many bytes of a script. Guest to host: first `ready TEXT\n`, then for each script
 //! `STATUS LEN\n` and so many bytes of output. The host has the same in `lab/src/agent.rs`.
 
+use crate::domain::Ear;
 use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
+use rustix::process::WaitOptions;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -16,11 +20,22 @@ use std::time::{Duration, Instant};
 /// The port's name on QEMU's command line.
 const PORT: &str = "lab";
 
+/// The word of the kernel's command line that has us listen to xenstore.
+const DOMAIN: &str = "lab.agent=xenstore";
+
 /// Serves the host until the machine ends.
 pub(crate) fn serve() -> Result<Infallible> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let words = fs::read_to_string("/proc/cmdline")?;
+    if words.split_whitespace().any(|word| word == DOMAIN) {
+        let mut ear = Ear::open(release.trim())?;
+        loop {
+            let (status, said) = run(&ear.receive()?)?;
+            ear.answer(status, &said)?;
+        }
+    }
     let path = port()?;
     let mut port = File::options().read(true).write(true).open(&path).context("open the port")?;
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     port.write_all(format!("ready {}\n", release.trim()).as_bytes())?;
     loop {
         let script = receive(&mut port)?;
@@ -73,6 +88,7 @@ fn byte(port: &mut File) -> Result<u8> {
 
 /// Runs a script and returns its status, 128 and more for a signal, and what it said.
 fn run(script: &[u8]) -> Result<(i32, Vec<u8>)> {
+    bury()?;
     fs::write("/run/script", script)?;
     let (mut reader, writer) = std::io::pipe()?;
     let mut command = Command::new("/bin/sh");
@@ -86,4 +102,15 @@ fn run(script: &[u8]) -> Result<(i32, Vec<u8>)> {
     let status = child.wait()?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     Ok((code.context("neither ended nor killed")?, said))
+}
+
+/// The first process inherits what scripts left running, and is the one to ask how it ended.
+fn bury() -> Result<()> {
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some(_)) => {}
+            Ok(None) | Err(Errno::CHILD) => return Ok(()),
+            Err(error) => return Err(error).context("ask for the ends of processes"),
+        }
+    }
 }

@@ -29,8 +29,8 @@ fn start() -> Result<()> {
     for (kind, folder) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         mount_kind(kind, folder)?;
     }
-    load_modules(Path::new("/modules")).context("load modules")?;
     let words = fs::read_to_string("/proc/cmdline")?;
+    load_modules(Path::new("/modules"), &words).context("load modules")?;
     match words.split_whitespace().find_map(|word| word.strip_prefix(ROOT)) {
         Some(device) => move_to(device).with_context(|| format!("start from {device}")),
         None => mount_scratch(),
@@ -46,17 +46,25 @@ fn mount_scratch() -> Result<()> {
 }
 
 /// The files are named `00-first.ko`, `01-second.ko`: their order is one in which each finds what it needs.
-fn load_modules(folder: &Path) -> Result<()> {
+fn load_modules(folder: &Path, words: &str) -> Result<()> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
         files.push(entry?.path());
     }
     files.sort();
-    let none = CString::default();
     for file in files {
-        init_module(&fs::read(&file)?, &none).with_context(|| file.display().to_string())?;
+        let name =
+            file.file_stem().and_then(|name| name.to_str()?.split_once('-')).context("a strange name")?.1;
+        let options = CString::new(options(name, words))?;
+        init_module(&fs::read(&file)?, &options).with_context(|| file.display().to_string())?;
     }
     Ok(())
+}
+
+/// What the kernel's command line has for a module, `MODULE.OPTION=VALUE`: the kernel leaves it to whoever loads that.
+fn options(module: &str, words: &str) -> String {
+    let options = words.split_whitespace().filter_map(|word| word.strip_prefix(module)?.strip_prefix('.'));
+    options.collect::<Vec<_>>().join(" ")
 }
 
 /// Makes the file system on this disk the root, and goes on as the program that lies there.
@@ -77,4 +85,16 @@ fn move_to(device: &str) -> Result<()> {
     std::env::set_current_dir("/")?;
     mount_scratch()?;
     Err(anyhow!(Command::new("/init").arg(SECOND).exec()).context("run its /init"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_is_given_its_words() {
+        let words = "quiet xen_blkfront.max_ring_page_order=4 xen_blkfront.max=8 xen.a=1";
+        assert_eq!(options("xen_blkfront", words), "max_ring_page_order=4 max=8");
+        assert_eq!(options("ext4", words), "");
+    }
 }

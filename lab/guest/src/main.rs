@@ -6,9 +6,11 @@
 mod agent;
 mod block;
 mod direct;
+mod domain;
 mod init;
 mod verify;
 mod worker;
+mod xenstore;
 
 use anyhow::{Result, bail};
 use std::process::ExitCode;
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
 
 fn run(words: &[String]) -> Result<ExitCode> {
     match words {
+        [command, rest @ ..] if command == "in" => domain::run(rest),
         [command, rest @ ..] if command == "read" => direct::read(rest),
         [command, rest @ ..] if command == "sectors" => direct::sectors(rest),
         [command, rest @ ..] if command == "verify" => verify::run(rest),
@@ -34,6 +37,6 @@ fn run(words: &[String]) -> Result<ExitCode> {
         _ if std::process::id() == 1 => {
             init::run(words.iter().any(|word| word == init::SECOND)).map(|never| match never {})
         }
-        _ => bail!("expected `guest read`, `sectors`, `verify` or `write`, or to be the first process"),
+        _ => bail!("expected `guest in`, `read`, `sectors`, `verify` or `write`, or to be the first process"),
     }
 }

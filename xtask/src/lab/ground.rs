@@ -63,8 +63,13 @@ impl Ground {
     /// The disk as a power cut would leave it now: what the file system wrote to its device so far, and
     /// nothing of what it still keeps in memory.
     pub(crate) fn after_a_power_cut(&self, work: &Work, name: &str) -> Result<Ground> {
+        Ground::copy_of(work, name, &self.backing)
+    }
+
+    /// A copy of a file that holds such a file system, mounted.
+    pub(crate) fn copy_of(work: &Work, name: &str, original: &Path) -> Result<Ground> {
         let backing = work.fresh(&format!("{name}.ext4"))?;
-        output(command("cp", ["--sparse=always", "--"]).arg(&self.backing).arg(&backing))?;
+        output(command("cp", ["--sparse=always", "--"]).arg(original).arg(&backing))?;
         Ground::attach(work, name, backing)
     }
 

@@ -1,13 +1,18 @@
-//! Scenarios on real file systems and in real guests: `cargo xtask lab disk-full`, `cargo xtask lab qemu`.
+//! Scenarios on real file systems and in real guests: `cargo xtask lab disk-full`, `qemu`, `xen`.
 
 pub(crate) mod control;
 pub(crate) mod disk_full;
 pub(crate) mod ground;
+pub(crate) mod guest_disk;
+pub(crate) mod guest_log;
 pub(crate) mod hold;
 pub(crate) mod kernel;
 pub(crate) mod kernel_log;
 pub(crate) mod qemu;
+pub(crate) mod shell;
+pub(crate) mod verifier;
 pub(crate) mod writer;
+pub(crate) mod xen;
 
 use crate::install::{self, Need};
 use crate::report::Report;
@@ -24,6 +29,8 @@ pub(crate) enum Scenario {
     DiskFull(DiskFull),
     /// Linux in QEMU on disks served by vhost-user: 2006, `kill -9`, faults, trim, growth and more.
     Qemu(qemu::Qemu),
+    /// Domains of a real Xen, emulated, on disks served with `--xen`: 2006, `kill -9`, negotiation, faults and more.
+    Xen(xen::Xen),
 }
 
 #[derive(Args, Clone)]
@@ -56,6 +63,7 @@ pub(crate) fn run(scenario: &Scenario) -> Result<()> {
     match scenario {
         Scenario::DiskFull(arguments) => disk_full(arguments),
         Scenario::Qemu(arguments) => qemu::run(arguments),
+        Scenario::Xen(arguments) => xen::run(arguments),
     }
 }
 

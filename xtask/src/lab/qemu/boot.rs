@@ -6,7 +6,9 @@ use crate::lab::qemu::server::{Place, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::sweep;
 use anyhow::{Context, Result, ensure};
-use lab::machine::{self, Machine};
+use lab::linux;
+use lab::machine::Machine;
+use lab::shell::Shell as _;
 use std::path::PathBuf;
 
 /// How a machine is booted.
@@ -63,8 +65,8 @@ impl<'a> Boot<'a> {
         self.servers.iter_mut().try_for_each(Server::must_live)?;
         self.starts += 1;
         let bootable = self.stage.bootable(self.settings.linux)?;
-        let disk = |server: &Server| machine::Disk { socket: server.socket(), queues: server.plan().queues };
-        let plan = machine::Plan {
+        let disk = |server: &Server| linux::Disk { socket: server.socket(), queues: server.plan().queues };
+        let plan = linux::Plan {
             tools: &self.stage.tools,
             kernel: &bootable.kernel,
             initramfs: &bootable.initramfs,

@@ -1,16 +1,15 @@
 //! tapdisk is killed and started again while the guest writes, syncs and verifies: the guest must not notice.
 
-use crate::command::until;
+use crate::lab::guest_disk::{self, write_noise};
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::{Boot, Settings};
-use crate::lab::qemu::disks::{MIB, digest, digest_in_guest, write_noise};
-use crate::lab::qemu::guest_log;
+use crate::lab::qemu::disks::{MIB, digest};
 use crate::lab::qemu::server::{Kind, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
+use crate::lab::verifier::{Verifier, tail};
 use crate::model::Numbers;
-use anyhow::{Result, anyhow, bail, ensure};
-use lab::agent::Answer;
-use lab::machine::Job;
+use anyhow::{Result, anyhow, ensure};
 use nbd_client::{Client, Request, Style};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
@@ -24,8 +23,6 @@ const RESTARTS: u32 = 3;
 /// What the verifier writes to.
 const LEN_MIB: u64 = 64;
 const THREADS: u32 = 8;
-/// Writes that show that the guest goes on.
-const PROGRESS: u64 = 40;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "death: the verifier notices what is lost", run: noticed, peer: true },
@@ -51,16 +48,9 @@ fn nbd_socket(stage: &Stage) -> PathBuf {
 }
 
 /// Starts the verifier, which goes on until it is told to stop.
-fn start_verifier(boot: &mut Boot<'_>) -> Result<Job> {
+fn start_verifier(boot: &mut Boot<'_>) -> Result<Verifier> {
     let seed = boot.stage.arguments.seed;
-    let script = format!("guest verify /dev/vda . {} {THREADS} {seed}", LEN_MIB * MIB);
-    boot.machine()?.background("verify", &script)
-}
-
-/// Lets it come to its end.
-fn stop_verifier(boot: &mut Boot<'_>, job: &Job) -> Result<Answer> {
-    boot.sh(&format!("touch {}/stop", job.folder()))?;
-    job.wait(boot.machine()?)
+    Verifier::start(boot.machine()?, "vda", LEN_MIB * MIB, THREADS, seed)
 }
 
 /// Something happens to the server while the guest verifies, so many times.
@@ -72,32 +62,27 @@ fn under_load(
     let seed = boot.stage.arguments.seed;
     println!("     --seed {seed}");
     let mut dice = Numbers::new(seed);
-    let job = start_verifier(boot)?;
+    let verifier = start_verifier(boot)?;
     for _ in 0..times {
-        wait_for_progress(boot, &job)?;
+        verifier.wait_for_progress(boot.machine()?)?;
         thread::sleep(Duration::from_millis(dice.below(400)));
         strike(boot.server("mortal")?, &mut dice)?;
     }
-    wait_for_progress(boot, &job)?;
-    let end = stop_verifier(boot, &job)?;
-    let verdict = end.said.lines().last().unwrap_or_default();
-    println!("     {verdict}");
-    let is_well = end.status == 0 && verdict.starts_with("verified");
-    ensure!(is_well, "the verifier: status {}\n{}", end.status, tail(&end.said));
-    guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+    verifier.wait_for_progress(boot.machine()?)?;
+    verifier.must_verify(boot.machine()?)
 }
 
 /// The test of the test: blocks that vanish behind the guest's back are missed.
 fn noticed(boot: &mut Boot<'_>) -> Result<()> {
     let image = boot.server("mortal")?.plan().image.clone();
-    let job = start_verifier(boot)?;
-    wait_for_progress(boot, &job)?;
+    let verifier = start_verifier(boot)?;
+    verifier.wait_for_progress(boot.machine()?)?;
     // What one of its threads writes to. A hole, since writing through the host's page cache while tapdisk writes past it
     // is a fault of its own: the kernel answers the next sync with EIO.
     let lost = LEN_MIB * MIB / u64::from(THREADS);
     let image = File::options().write(true).open(&image)?;
     fallocate(&image, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, lost)?;
-    let end = stop_verifier(boot, &job)?;
+    let end = verifier.stop(boot.machine()?)?;
     println!("     {}", end.said.lines().last().unwrap_or_default());
     ensure!(
         end.status != 0 && end.said.contains("and is zeroes"),
@@ -125,34 +110,9 @@ fn restarted(boot: &mut Boot<'_>) -> Result<()> {
     under_load(boot, strike, RESTARTS)
 }
 
-/// Waits until the guest has written more than now. Its kernel must have nothing to complain of meanwhile.
-fn wait_for_progress(boot: &mut Boot<'_>, job: &Job) -> Result<()> {
-    let mut first = None;
-    until(Duration::from_secs(180), "the guest writes", || {
-        let machine = boot.machine()?;
-        if let Some(end) = job.ended(machine)? {
-            bail!("the verifier has ended: status {}\n{}", end.status, tail(&end.said));
-        }
-        guest_log::require_no_fault(&guest_log::take(machine)?)?;
-        let Some(writes) = writes(&job.last_line(machine)?) else { return Ok(false) };
-        Ok(writes >= *first.get_or_insert(writes) + PROGRESS)
-    })
-}
-
-/// `writes 12 reads 4 syncs 1`; a line that is being written may be cut short.
-fn writes(line: &str) -> Option<u64> {
-    let (writes, rest) = line.strip_prefix("writes ")?.split_once(' ')?;
-    rest.starts_with("reads").then(|| writes.parse().ok())?
-}
-
-fn tail(said: &str) -> String {
-    let lines: Vec<&str> = said.lines().collect();
-    lines[lines.len().saturating_sub(5)..].join("\n")
-}
-
 /// Both interfaces show one disk, also what each of them has just written.
 fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
-    write_noise(boot, "vda", (LEN_MIB - 1) * MIB, MIB)?;
+    write_noise(boot.machine()?, "vda", (LEN_MIB - 1) * MIB, MIB)?;
     let mut client = Client::connect(&nbd_socket(boot.stage), Style::Simple)?;
     client.set_patience(Duration::from_secs(60))?;
     let copy = boot.stage.work.fresh("copy.raw")?;
@@ -163,7 +123,7 @@ fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
         file.write_all(&read.bytes)?;
     }
     drop(file);
-    let (theirs, ours) = (digest_in_guest(boot, "vda", 0, LEN_MIB * MIB)?, digest(&copy)?);
+    let (theirs, ours) = (guest_disk::digest(boot.machine()?, "vda", 0, LEN_MIB * MIB)?, digest(&copy)?);
     ensure!(theirs == ours, "the guest reads {theirs}, an NBD client {ours}");
     println!("     both read {ours}");
 
@@ -173,7 +133,7 @@ fn by_nbd(boot: &mut Boot<'_>) -> Result<()> {
     let written = client.ask(&Request::write(LEN_MIB * MIB, &noise))?;
     ensure!(written.is_ok(), "NBD cannot write: {written:?}");
     std::fs::write(&copy, &noise)?;
-    let (theirs, ours) = (digest_in_guest(boot, "vda", LEN_MIB * MIB, MIB)?, digest(&copy)?);
+    let (theirs, ours) = (guest_disk::digest(boot.machine()?, "vda", LEN_MIB * MIB, MIB)?, digest(&copy)?);
     ensure!(theirs == ours, "an NBD client wrote {ours}, the guest reads {theirs}");
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }

@@ -2,12 +2,14 @@
 
 use crate::command::{command, output};
 use crate::lab::ground::Ground;
+use crate::lab::guest_disk::{self, write_and_check};
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::server::{Kind, Plan};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
-use crate::lab::qemu::{durable, faults, growth, guest_log, trim};
+use crate::lab::qemu::{durable, faults, growth, trim};
 use anyhow::{Context, Result, ensure};
+use lab::shell::Shell as _;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -83,19 +85,8 @@ pub(crate) fn digest(path: &Path) -> Result<String> {
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
 }
 
-/// The digest of a part of a disk, in bytes, as the guest reads it past its page cache.
-pub(crate) fn digest_in_guest(boot: &mut Boot<'_>, disk: &str, at: u64, len: u64) -> Result<String> {
-    let line = boot.sh(&format!("set -o pipefail; guest read /dev/{disk} {at} {len} | sha256sum"))?;
-    Ok(line.split(' ').next().unwrap_or_default().to_owned())
-}
-
-/// Has the guest write so many bytes that nobody expects by chance, past its page cache.
-pub(crate) fn write_noise(boot: &mut Boot<'_>, disk: &str, at: u64, len: u64) -> Result<()> {
-    boot.sh(&format!("set -o pipefail; head -c {len} /dev/urandom | guest write /dev/{disk} {at}")).map(drop)
-}
-
 fn require_no_fault(boot: &mut Boot<'_>) -> Result<()> {
-    guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
+    guest_disk::require_no_fault(boot.machine()?)
 }
 
 fn queues(boot: &mut Boot<'_>) -> Result<()> {
@@ -130,7 +121,7 @@ fn read_only(boot: &mut Boot<'_>) -> Result<()> {
     let before = digest(&image)?;
     let ro = boot.sh("cat /sys/block/vdc/ro")?;
     ensure!(ro == "1", "the guest takes it for writable: ro is {ro}");
-    let read = digest_in_guest(boot, "vdc", 0, 16 * MIB)?;
+    let read = guest_disk::digest(boot.machine()?, "vdc", 0, 16 * MIB)?;
     ensure!(read == before, "the guest reads other bytes than the image has");
     let write = boot.machine()?.run("dd if=/dev/zero of=/dev/vdc bs=4k count=1 conv=fsync 2>&1")?;
     ensure!(write.status != 0, "a write went well:\n{}", write.said);
@@ -150,20 +141,8 @@ fn large_blocks(boot: &mut Boot<'_>) -> Result<()> {
         half.contains("Invalid argument"),
         "a part of a block was asked for, and the guest says `{half}`"
     );
-    write_and_check(boot, "/dev/vdd", "ext4")?;
+    write_and_check(boot.machine()?, "/dev/vdd", "ext4")?;
     require_no_fault(boot)
-}
-
-/// A file system on this device keeps a file over a remount, and e2fsck finds nothing wrong.
-pub(crate) fn write_and_check(boot: &mut Boot<'_>, device: &str, kind: &str) -> Result<()> {
-    let check = boot.sh(&format!(
-        "set -e; /sbin/mke2fs -q -F -t {kind} {device}; mount -t {kind} {device} /mnt\n\
-         dd if=/dev/urandom of=/mnt/file bs=1M count=8 conv=fsync 2> /run/dd; sha256sum /mnt/file > /run/sum\n\
-         umount /mnt; echo 3 > /proc/sys/vm/drop_caches; mount -t {kind} {device} /mnt\n\
-         sha256sum -c /run/sum; umount /mnt; /sbin/e2fsck -f -n {device} 2>&1"
-    ))?;
-    println!("     e2fsck: {}", check.lines().last().unwrap_or_default());
-    Ok(())
 }
 
 fn root(boot: &mut Boot<'_>) -> Result<()> {

@@ -3,14 +3,14 @@
 use crate::command::{until, wait_while};
 use crate::lab::disk_full::{FREE, SIZE, allocated, mib};
 use crate::lab::ground::Ground;
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::{Boot, Settings};
 use crate::lab::qemu::disks::MIB;
-use crate::lab::qemu::guest_log;
 use crate::lab::qemu::server::{Kind, Plan, Server};
 use crate::lab::qemu::stage::Stage;
 use crate::lab::qemu::{Linux, Scenario};
 use anyhow::{Context, Error, Result, ensure};
-use lab::machine::Job;
+use lab::shell::{Job, Shell as _};
 use rustix::process::Signal;
 use std::fs::File;
 use std::thread;

@@ -1,9 +1,10 @@
 //! A disk that grows while the guest runs: the image is made longer, SIGHUP has tapdisk look.
 
 use crate::command::{command, output, until};
+use crate::lab::guest_disk::{self, write_noise};
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::Boot;
-use crate::lab::qemu::disks::{MIB, digest_in_guest, write_noise};
-use crate::lab::qemu::guest_log;
+use crate::lab::qemu::disks::MIB;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use std::fs::File;
@@ -13,8 +14,8 @@ pub(crate) const BEFORE: u64 = 64 * MIB;
 const AFTER: u64 = 96 * MIB;
 
 pub(crate) fn run(boot: &mut Boot<'_>) -> Result<()> {
-    write_noise(boot, "vdf", 0, 4 * MIB)?;
-    let old = digest_in_guest(boot, "vdf", 0, 4 * MIB)?;
+    write_noise(boot.machine()?, "vdf", 0, 4 * MIB)?;
+    let old = guest_disk::digest(boot.machine()?, "vdf", 0, 4 * MIB)?;
     let server = boot.server("growing")?;
     let image = server.plan().image.clone();
     File::options().write(true).open(&image)?.set_len(AFTER)?;
@@ -37,12 +38,15 @@ pub(crate) fn run(boot: &mut Boot<'_>) -> Result<()> {
     guest_log::require_no_fault(&log)?;
 
     let last = AFTER - MIB;
-    write_noise(boot, "vdf", last, MIB)?;
+    write_noise(boot.machine()?, "vdf", last, MIB)?;
     boot.sh("sync /dev/vdf")?;
-    let new = digest_in_guest(boot, "vdf", last, MIB)?;
+    let new = guest_disk::digest(boot.machine()?, "vdf", last, MIB)?;
     let tail = format!("tail -c {MIB} {} | sha256sum", image.display());
     let on_the_host = output(&mut command("sh", ["-c", &tail]))?;
     ensure!(on_the_host.starts_with(&new), "the image's last MiB is not what the guest wrote");
-    ensure!(digest_in_guest(boot, "vdf", 0, 4 * MIB)? == old, "what was there before has changed");
+    ensure!(
+        guest_disk::digest(boot.machine()?, "vdf", 0, 4 * MIB)? == old,
+        "what was there before has changed"
+    );
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }

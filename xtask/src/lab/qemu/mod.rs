@@ -9,14 +9,13 @@ mod durable;
 mod faults;
 mod full;
 mod growth;
-mod guest_log;
 mod server;
-mod shell;
 mod stage;
 mod trim;
 
 use crate::command::{cargo, run as run_command};
 use crate::install::{self, Need};
+use crate::lab::shell;
 use crate::report::Report;
 use anyhow::{Context, Result, ensure};
 use boot::Boot;
@@ -168,7 +167,7 @@ fn run_group(stage: &Stage, group: &Group, linux: Linux, report: &mut Report) {
         });
     }
     if stage.arguments.shell {
-        report.part("shell", || shell::ask(&mut boot));
+        report.part("shell", || boot.machine().and_then(|machine| shell::ask(machine)));
     }
     if let Err(error) = boot.end() {
         report.part(&title(&format!("end: {}", group.name)), || Err(error));

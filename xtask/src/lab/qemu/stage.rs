@@ -5,7 +5,7 @@ use crate::lab::qemu::{Linux, Qemu};
 use crate::sweep;
 use crate::work::Work;
 use anyhow::{Context, Result};
-use lab::initramfs::{PACKAGES, Root};
+use lab::initramfs::{PACKAGES, Root, VIRTIO_MODULES};
 use lab::kernel::Kernel;
 use lab::packages::{Packages, Suite, Tree};
 use std::fs;
@@ -43,7 +43,7 @@ impl Stage {
             let suite = linux.suite();
             let tree = packages.kernel(&format!("linux-of-{}", suite.name()), suite)?;
             let kernel = Kernel::open(&tree, &tools)?;
-            let initramfs = root.initramfs(&kernel, &tools)?;
+            let initramfs = root.initramfs("linux", &kernel, VIRTIO_MODULES, &tools)?;
             kernels.push((linux, Bootable { kernel, initramfs }));
         }
         let logs = target()?.join("lab-logs/qemu");

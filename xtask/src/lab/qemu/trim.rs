@@ -2,9 +2,9 @@
 
 use crate::command::until;
 use crate::lab::disk_full::{allocated, mib};
+use crate::lab::guest_log;
 use crate::lab::qemu::boot::Boot;
 use crate::lab::qemu::disks::MIB;
-use crate::lab::qemu::guest_log;
 use anyhow::{Result, ensure};
 use std::time::Duration;
 

@@ -1,11 +1,11 @@
 //! A prompt for commands that are run in the guest.
 
-use crate::lab::qemu::boot::Boot;
 use anyhow::{Context, Result};
+use lab::shell::Shell;
 use std::io::{BufRead, Write};
 
 /// Asks until the end of the input.
-pub(crate) fn ask(boot: &mut Boot<'_>) -> Result<()> {
+pub(crate) fn ask(guest: &mut dyn Shell) -> Result<()> {
     println!("     A command for the guest, or Ctrl-D to go on:");
     let mut out = std::io::stdout();
     let mut lines = std::io::stdin().lock().lines();
@@ -13,7 +13,7 @@ pub(crate) fn ask(boot: &mut Boot<'_>) -> Result<()> {
         write!(out, "guest> ")?;
         out.flush()?;
         let Some(line) = lines.next() else { return Ok(()) };
-        let answer = boot.machine()?.run(&line.context("read a command")?)?;
+        let answer = guest.run(&line.context("read a command")?)?;
         writeln!(
             out,
             "{}{}[{}]",

@@ -1,7 +1,7 @@
 //! What the guest's kernel logged, with how bad it thinks that is.
 
 use anyhow::{Context, Result, ensure};
-use lab::machine::Machine;
+use lab::shell::Shell;
 use std::collections::BTreeMap;
 
 /// A line of the log.
@@ -13,8 +13,8 @@ pub(crate) struct Line {
 }
 
 /// Takes what was logged since it was last taken.
-pub(crate) fn take(machine: &mut Machine) -> Result<Vec<Line>> {
-    let said = machine.sh("dmesg -r -c")?;
+pub(crate) fn take(guest: &mut dyn Shell) -> Result<Vec<Line>> {
+    let said = guest.sh("dmesg -r -c")?;
     said.lines().map(|line| parse(line).with_context(|| format!("a strange line: {line}"))).collect()
 }
 
@@ -51,7 +51,9 @@ fn require_none<'a>(
 }
 
 fn is_about_disks(line: &Line) -> bool {
-    ["I/O error", "vd", "virtio", "EXT4-fs", "JBD2"].iter().any(|word| line.text.contains(word))
+    ["I/O error", "vd", "vbd", "virtio", "blkfront", "EXT4-fs", "JBD2"]
+        .iter()
+        .any(|word| line.text.contains(word))
 }
 
 /// The sectors that the block layer's errors on this disk name, and how often: `I/O error, dev vdb, sector 12 op …`.
