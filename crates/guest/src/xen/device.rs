@@ -18,6 +18,7 @@ use super::queue::Queue;
 use super::request::Terms;
 use super::ring::Ring;
 use super::run::{Failure, Run};
+use super::stats::Counts;
 use crate::budget::Budget;
 use crate::complaints::Complaints;
 use crate::signal::Signal;
@@ -107,6 +108,7 @@ pub(crate) struct Common {
     pub(super) disk: Rc<dyn Disk>,
     pub(super) budget: Budget,
     pub(super) barrier: Barrier,
+    pub(super) counts: Rc<Counts>,
     offered: Offered,
     name: String,
     complaints: Rc<Complaints>,
@@ -188,6 +190,7 @@ pub(crate) struct Device {
     budget: Budget,
     complaints: Rc<Complaints>,
     sync_failed: Rc<Signal>,
+    counts: Rc<Counts>,
     connected: RefCell<Option<Connected>>,
 }
 
@@ -225,6 +228,7 @@ impl Device {
             settings,
             complaints: Rc::default(),
             sync_failed: Rc::default(),
+            counts: Rc::default(),
             connected: RefCell::default(),
         })
     }
@@ -264,6 +268,7 @@ impl Device {
             disk: self.disk.clone(),
             budget: self.budget.clone(),
             barrier: Barrier::default(),
+            counts: self.counts.clone(),
             offered: connection.offered,
             name: self.settings.name.clone(),
             complaints: self.complaints.clone(),
@@ -328,6 +333,11 @@ impl Device {
     /// Whether a front end is connected.
     pub(crate) fn is_connected(&self) -> bool {
         self.connected.borrow().is_some()
+    }
+
+    /// What its front ends have asked for.
+    pub(crate) fn counts(&self) -> &Rc<Counts> {
+        &self.counts
     }
 
     /// Ends when a sync of the disk has failed, now or before.
