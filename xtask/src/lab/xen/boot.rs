@@ -91,10 +91,7 @@ impl<'a> Boot<'a> {
         let id = self.domain(name)?.id;
         self.domains.retain(|domain| domain.plan.name != name);
         until(Duration::from_secs(120), &format!("domain {id} is gone"), || {
-            Ok(self
-                .sh("xl list | tail -n +2 | cut -c 41-45")?
-                .lines()
-                .all(|found| found.trim() != id.to_string()))
+            Ok(self.sh("xl list | awk '{print $2}'")?.lines().all(|found| found.trim() != id.to_string()))
         })
     }
 

@@ -4,12 +4,16 @@
 
 mod boot;
 mod death;
+mod disks;
 mod domain;
+mod durable;
 mod full;
 mod ground;
+mod negotiation;
 mod nodes;
 mod server;
 mod stage;
+mod sync;
 
 use crate::command::{cargo, run as run_command, target};
 use crate::install::{self, Need};
@@ -72,6 +76,7 @@ struct Group {
 }
 
 const GROUPS: &[Group] = &[
+    Group { name: "disks", make: disks::boot, scenarios: disks::SCENARIOS },
     Group { name: "death", make: death::boot, scenarios: death::SCENARIOS },
     Group { name: "full", make: full::boot, scenarios: full::SCENARIOS },
 ];

@@ -1,0 +1,57 @@
+//! A sync that fails. Linux's front end turns a failed empty flush into success and flushes no more: the writes after it
+//! must tell, or the disk must go.
+
+use crate::command::until;
+use crate::lab::ground::MIB;
+use crate::lab::guest_disk::write_noise;
+use crate::lab::guest_log;
+use crate::lab::xen::boot::Boot;
+use crate::lab::xen::disks::{DISK, DOMAIN, plan};
+use crate::lab::xen::server::{PATIENCE, Server};
+use anyhow::{Context, Result, ensure};
+use lab::shell::Shell;
+
+const FAULT: &str = "--fault flush:EIO:times=1";
+
+pub(crate) fn told(boot: &mut Boot<'_>) -> Result<()> {
+    let plan = plan(boot, 32 * MIB)?.with(FAULT);
+    let mut server = Server::attach(boot, plan)?;
+    let mut guest = boot.guest(DOMAIN.name)?;
+    write_noise(&mut guest, DISK, 0, MIB)?;
+    guest_log::take(&mut guest)?;
+    let sync = guest.run(&format!("sync /dev/{DISK}"))?;
+    let log = guest_log::take(&mut guest)?;
+    let line = log.iter().find(|line| line.text.contains("empty flush op failed"));
+    println!("     kernel: {}", line.context("the kernel did not log the failed flush")?.text);
+    println!("     the sync ends with {}", sync.status);
+    // This is the front end's doing, and why the writes must tell: should it ever be better, docs/errors.md is wrong.
+    ensure!(sync.status == 0, "the front end passes on a failed flush");
+    let write = guest.run(&format!("head -c 4096 /dev/urandom | guest write /dev/{DISK} 0"))?;
+    println!("     the write after it: {}", write.said.lines().last().unwrap_or_default());
+    ensure!(
+        write.status != 0 && write.said.contains("Input/output error"),
+        "a write went well: {}",
+        write.said
+    );
+    guest.sh(&format!("guest read /dev/{DISK} 0 {MIB} > /dev/null")).context("reads go on")?;
+    server.must_live(boot)?;
+    boot.destroy(DOMAIN.name)?;
+    server.wait(boot).map(drop)
+}
+
+pub(crate) fn disconnects(boot: &mut Boot<'_>) -> Result<()> {
+    let plan = plan(boot, 32 * MIB)?.with(FAULT).with("--xen-on-failed-sync disconnect");
+    let mut server = Server::attach(boot, plan)?;
+    let mut guest = boot.guest(DOMAIN.name)?;
+    write_noise(&mut guest, DISK, 0, MIB)?;
+    let sync = guest.run(&format!("sync /dev/{DISK}"))?;
+    println!("     the sync ends with {}", sync.status);
+    until(PATIENCE, "the domain has lost the disk", || {
+        let read = boot.guest(DOMAIN.name)?.run(&format!("guest sectors read /dev/{DISK} 0 1"))?;
+        Ok(read.status != 0 || !read.said.is_empty())
+    })?;
+    let status = server.wait(boot)?;
+    println!("     tapdisk ends with {status}: {}", server.said(boot)?.lines().last().unwrap_or_default());
+    ensure!(status != 0, "a disk whose sync failed ended well");
+    boot.destroy(DOMAIN.name)
+}
