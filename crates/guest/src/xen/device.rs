@@ -169,7 +169,8 @@ struct Doubt(Rc<Common>);
 impl Answer for Doubt {
     fn answer(&self, _: Ticket, result: Result<Payload, Errno>) {
         self.0.doubting.set(false);
-        if result.is_err() {
+        // A disk that is being closed takes no request any more, which says nothing of its syncs.
+        if result.is_err_and(|errno| errno != Errno::ESHUTDOWN) {
             self.0.sync_failed.happen();
         }
     }

@@ -76,7 +76,8 @@ pub(crate) struct Run {
     pub(super) flights: RefCell<Vec<Flight>>,
     /// What has come back from there.
     back: RefCell<Vec<(u16, End)>>,
-    /// Room for copies that are done in one go, and for a table of segments.
+    /// Room for a turn's requests, for copies that are done in one go, and for a table of segments.
+    pub(super) jobs: RefCell<Vec<Job>>,
     pub(super) copies: RefCell<Copies>,
     pub(super) table: RefCell<Vec<u8>>,
     /// Memory for the request that is taken next, which has waited for it.
@@ -156,6 +157,7 @@ impl Run {
             watch: RefCell::default(),
             flights: RefCell::new(flights),
             back: RefCell::default(),
+            jobs: RefCell::default(),
             copies: RefCell::default(),
             table: RefCell::default(),
             ahead: RefCell::default(),

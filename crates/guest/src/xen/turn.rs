@@ -51,13 +51,12 @@ impl Run {
     /// Takes what there is, up to a limit, and asks the disk for it.
     pub(super) fn take_turn(self: &Rc<Self>) -> Turn {
         let terms = self.common.terms();
-        let mut jobs = Vec::with_capacity(REQUESTS);
+        let mut jobs = self.jobs.take();
         let turn = self.take(&terms, &mut jobs);
         self.prepare(&terms, &mut jobs);
         let in_steps = jobs.pop_if(|job| job.steps.is_some());
-        for job in jobs {
-            self.ask_disk(job);
-        }
+        jobs.drain(..).for_each(|job| self.ask_disk(job));
+        *self.jobs.borrow_mut() = jobs;
         match in_steps {
             Some(job) => job.steps.map_or(turn, |steps| Turn::Steps(Box::new(job), steps)),
             None => turn,

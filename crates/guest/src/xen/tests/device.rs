@@ -310,6 +310,26 @@ fn without_persistence_a_page_is_unmapped_before_the_answer() {
 }
 
 #[test]
+fn an_answer_waits_for_whoever_has_the_page_still() {
+    for op in [0, 1] {
+        run(move |handle| async move {
+            let mut host = Host::new(&handle, DataPath::Map);
+            let mut front = host.front(1, 1);
+            host.connect(&[&front]).await;
+            *host.disk.kept.borrow_mut() = Some(Vec::new());
+            let pages = host.pages(&[7; PAGE], Access::Write);
+            front.ask(&front::request(host.abi, op, 1, 0, &segs(&pages)));
+            host.quiet().await;
+            assert_eq!((front.responses(), host.world.counts().mapped), (vec![], 2));
+            host.disk.kept.take();
+            assert_eq!(host.responses(&mut front, 1).await, [(1, op, 0)]);
+            assert_eq!(host.world.counts().mapped, 1);
+            host.leave(Parting::Tell).await;
+        });
+    }
+}
+
+#[test]
 fn persistent_grants_are_mapped_once() {
     run(|handle| async move {
         let mut host = Host::new(&handle, DataPath::Map);
