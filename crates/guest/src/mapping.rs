@@ -60,6 +60,11 @@ impl Mapping {
         Mapping::map(fd, offset, len, Some(room))
     }
 
+    /// Maps the first `len` bytes of a file of our own, for reading and writing.
+    pub(crate) fn own(fd: BorrowedFd<'_>, len: u64) -> Result<Rc<Mapping>, MapError> {
+        Mapping::map(fd, 0, len, None)
+    }
+
     fn map(
         fd: BorrowedFd<'_>,
         offset: u64,

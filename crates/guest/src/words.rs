@@ -4,6 +4,10 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use ::xen::Domain;
+use ::xen::grants::{Access, GrantRef, Grants, Mapping};
+use block::Errno;
+
 /// Words in shared memory, at offsets of bytes; `M` keeps the memory. The numbers are little-endian there.
 ///
 /// # Panics
@@ -79,6 +83,23 @@ impl<M> Words<M> {
     #[inline]
     pub(crate) fn mapping(&self) -> &M {
         &self.mapping
+    }
+}
+
+impl Words<Mapping> {
+    /// Pages that another domain has granted, one after the other.
+    ///
+    /// # Errors
+    /// If one of them cannot be mapped for reading and writing.
+    pub(crate) fn granted(
+        grants: &dyn Grants,
+        domain: Domain,
+        refs: &[GrantRef],
+    ) -> Result<Words<Mapping>, Errno> {
+        let mapping = grants.map(domain, refs, Access::Write)?;
+        let (ptr, len) = (mapping.start(), mapping.len());
+        // SAFETY: mapped for both a line above, and a mapping lives as long as it is kept. Nobody else names it.
+        Ok(unsafe { Words::new(ptr, len, Rc::new(mapping)) })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line of tapdisk: what is asked for is put together here and done elsewhere.
 
+mod announce;
 mod cli;
 mod logging;
 mod serve;

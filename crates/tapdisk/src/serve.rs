@@ -1,6 +1,5 @@
 //! `tapdisk serve`: opens the image, puts the disk together, lets clients in, and ends in order.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use signal_hook::iterator::{Handle as SignalHandle, Signals};
 use storage::file::{self, File, OpenError, Opened, Options, Record};
 use storage::{Null, Ram, Storage};
 
+use crate::announce::{Places, announce};
 use crate::cli::{Cache, Image, Ring, Serve};
 use crate::{logging, size, state};
 
@@ -252,54 +252,6 @@ fn describe(opened: &Opened, arguments: &Serve) -> String {
         None => String::new(),
     };
     format!("{kind}{made}, {io}")
-}
-
-/// Where it is served.
-struct Places {
-    /// To NBD clients.
-    uris: Vec<String>,
-    /// To the front ends of guests.
-    sockets: Vec<String>,
-}
-
-fn announce(disk: &Disk, how: &str, places: &Places) {
-    let Places { uris, sockets } = places;
-    let mut text = format!("Serving {}: {}, {how}", disk.name(), size::show(disk.size()));
-    if disk.limits().read_only {
-        text.push_str(", read-only");
-    }
-    for uri in uris {
-        text.push_str(&format!("\n    at  {uri}"));
-    }
-    if let Some(uri) = uris.first() {
-        text.push_str(&format!("\n    try nbdinfo '{uri}'\n     or qemu-img info '{uri}'"));
-    }
-    for socket in sockets {
-        text.push_str(&format!("\n    at  {socket} (vhost-user-blk)"));
-    }
-    if let Some(socket) = sockets.first() {
-        // In the words of QEMU, where a comma in a value is written twice.
-        let socket = socket.replace(',', ",,");
-        text.push_str(&format!(
-            "\n    try qemu-system-x86_64 … -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on \
-             -machine memory-backend=mem \\\n        -chardev socket,id=disk,path={socket},reconnect-ms=500 \
-             -device vhost-user-blk-pci,chardev=disk"
-        ));
-    }
-    if !disk.size().is_multiple_of(512) {
-        text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");
-    }
-    if let Some(error) = disk.poison() {
-        text.push_str(&format!(
-            "\nPOISONED: {error}.\n    What was written before may be lost. Flushes and writes fail until tapdisk is \
-             stopped in order (Ctrl-C)\n    and started anew; look at the data first."
-        ));
-    }
-    text.push_str("\nCtrl-C ends it.");
-    // Nobody may be reading, and that is no reason not to serve.
-    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
-        tracing::debug!(%error, "standard output is closed");
-    }
 }
 
 /// Where to listen: what was asked for, else a socket named after the image where this user's sockets are.

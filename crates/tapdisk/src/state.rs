@@ -5,23 +5,16 @@ use std::path::PathBuf;
 use anyhow::Context;
 use storage::file::Records;
 
-/// The records of failed syncs: in the directory that was asked for, else where this user's running programs keep such
-/// things. Without any, which is said, the disk is served all the same.
+/// The records of failed syncs, in the directory of this process's state. Without one, which is said, the disk is served
+/// all the same.
 pub(crate) fn records(asked: Option<&PathBuf>) -> anyhow::Result<Option<Records>> {
-    if let Some(directory) = asked {
-        let records =
-            Records::open(directory).with_context(|| format!("cannot use {}", directory.display()))?;
-        return Ok(Some(records));
-    }
-    let runtime = if rustix::process::geteuid().is_root() {
-        Some(PathBuf::from("/run"))
-    } else {
-        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|directory| directory.is_absolute())
-    };
-    let why = match runtime.map(|directory| directory.join("tapdisk")) {
-        None => "XDG_RUNTIME_DIR is not set".into(),
-        Some(directory) => match Records::open(&directory) {
+    let why = match directory(asked) {
+        Err(why) => why,
+        Ok(directory) => match Records::open(&directory) {
             Ok(records) => return Ok(Some(records)),
+            Err(error) if asked.is_some() => {
+                return Err(error).with_context(|| format!("cannot use {}", directory.display()));
+            }
             Err(error) => format!("{} cannot be used: {error}", directory.display()),
         },
     };
@@ -30,4 +23,17 @@ pub(crate) fn records(asked: Option<&PathBuf>) -> anyhow::Result<Option<Records>
         "a failed sync cannot be recorded for the next process; --state-dir says where it can"
     );
     Ok(None)
+}
+
+/// The directory that was asked for, else where this user's running programs keep such things; why there is none.
+fn directory(asked: Option<&PathBuf>) -> Result<PathBuf, String> {
+    if let Some(directory) = asked {
+        return Ok(directory.clone());
+    }
+    let runtime = if rustix::process::geteuid().is_root() {
+        Some(PathBuf::from("/run"))
+    } else {
+        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|directory| directory.is_absolute())
+    };
+    runtime.map(|directory| directory.join("tapdisk")).ok_or_else(|| "XDG_RUNTIME_DIR is not set".into())
 }

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
+use std::rc::Rc;
 
 use block::{Buf, Errno};
 
@@ -49,6 +50,19 @@ impl Mapping {
     /// Bytes.
     pub fn len(&self) -> usize {
         self.pages * PAGE
+    }
+
+    /// `len` bytes of it from byte `at` on, which keep all of it mapped. Where it was mapped for reading, they are for who
+    /// only reads: a store to them ends the process.
+    ///
+    /// # Panics
+    /// If they are not within it: offsets are ours, never a guest's.
+    pub fn buf(self: &Rc<Self>, at: usize, len: usize) -> Buf {
+        let all = self.len();
+        assert!(at <= all && len <= all - at, "{at}+{len} is not within {all} bytes of granted memory");
+        // SAFETY: within the mapping, which lives as long as the `Rc` that is handed over, and whose memory nobody names
+        // by a reference (`Mapping::new`).
+        unsafe { Buf::from_raw(self.start.add(at), len, None, self.clone()) }
     }
 
     /// Whether it holds no page.

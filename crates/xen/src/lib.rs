@@ -4,17 +4,27 @@
 //! /dev/xen/evtchn), and a fake within the process. The xenstore's seam is its wire protocol: the client speaks it over
 //! /dev/xen/xenbus, over the daemon's socket, or over a socket to a fake store.
 
-#[cfg(any(test, feature = "fake"))]
 mod copy;
+#[allow(unsafe_code)] // one of the few rooms: ioctls
+mod device;
 pub mod events;
+#[allow(unsafe_code)] // one of the few rooms: ioctls
+pub mod evtchn;
 #[cfg(feature = "fake")]
 #[allow(unsafe_code)] // one of the few rooms: memory of domains
 pub mod fake;
 #[allow(unsafe_code)] // one of the few rooms: memory of other domains
+pub mod gntdev;
+#[allow(unsafe_code)] // one of the few rooms: memory of other domains
 pub mod grants;
 pub mod store;
+mod vdev;
+
+pub use device::OpenError;
 
 use std::fmt;
+
+pub use vdev::{Vdev, VdevError};
 
 /// A domain's number (`domid_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -4,6 +4,7 @@
 //! protocol demands.
 
 mod messages;
+mod moody;
 mod negotiation;
 mod rings;
 mod transmission;

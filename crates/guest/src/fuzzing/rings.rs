@@ -1,7 +1,5 @@
 //! Any bytes as a guest's memory: as its descriptors, rings and requests, and as the record of what is out.
 
-use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
@@ -11,17 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use block::{Errno, Limits, Op, Payload, Request};
-use runtime::{BoxFuture, Handle};
+use runtime::Handle;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use super::moody::Moody;
 use super::{Bytes, RUNTIME};
 use crate::vhost::{Device, RegionSpec, Settings};
-use crate::{Disk, GiveUp, Session};
 
-/// Bytes of the disk.
-const SIZE: u64 = 64 << 10;
 /// Bytes of the two regions that the bytes are put into, side by side from address 0 on.
 const FIRST: u64 = 24 << 10;
 const SECOND: u64 = 8 << 10;
@@ -98,11 +93,13 @@ pub fn rings(bytes: &[u8]) {
     let begun = Instant::now();
     RUNTIME.with(|runtime| {
         let guest = Rc::new(Guest::new(&choice, &mut bytes));
-        let disk = Rc::new(Moody::new(runtime.handle(), &choice));
+        // A request may have 16 parts; the other ring has 4 heads.
+        let waiting_max = 16 * usize::from(choice.size) + 4;
+        let disk = Rc::new(Moody::new(runtime.handle(), choice.mood, choice.read_only, waiting_max));
         let serving = serve(runtime.handle().clone(), Rc::new(choice), guest, disk.clone());
         runtime.block_on(serving);
         assert_eq!(runtime.handle().panics(), 0, "a task panicked");
-        assert_eq!(disk.mood.waiting.get(), 0, "a request is neither answered nor left");
+        assert_eq!(disk.waiting(), 0, "a request is neither answered nor left");
     });
     assert!(begun.elapsed() < PATIENCE, "a ring held up its thread");
 }
@@ -259,7 +256,7 @@ fn check(choice: &Choice, guest: &Guest, disk: &Moody, bells: &[OwnedFd], base: 
     } else {
         // What is left to a successor stays in the record; a record that makes no sense keeps a ring from starting.
         assert!(unanswered <= choice.size || has_failed, "{unanswered} heads are out");
-        assert!(unanswered == 0 || has_failed || disk.mood.left.get() > 0, "{unanswered} heads were lost");
+        assert!(unanswered == 0 || has_failed || disk.left() > 0, "{unanswered} heads were lost");
     }
     for nth in 0..answered.min(choice.size) {
         let place = u64::from(used.wrapping_sub(nth + 1) % choice.size);
@@ -316,121 +313,5 @@ impl Drop for Changing {
         if let Some(thread) = self.thread.take() {
             thread.join().expect("changing words does not panic");
         }
-    }
-}
-
-/// A disk that answers at once, later, with an error, or leaves it to a successor, as its mood is. A session has the
-/// requests that wait in it.
-struct Moody {
-    mood: Rc<Mood>,
-    waiting: Rc<RefCell<VecDeque<Request>>>,
-}
-
-struct Mood {
-    handle: Handle,
-    mood: u8,
-    read_only: bool,
-    waiting_max: usize,
-    bytes: RefCell<Vec<u8>>,
-    nth: Cell<u8>,
-    /// Requests that wait, in all sessions.
-    waiting: Cell<usize>,
-    left: Cell<u64>,
-}
-
-impl Moody {
-    fn new(handle: &Handle, choice: &Choice) -> Moody {
-        let mood = Mood {
-            handle: handle.clone(),
-            mood: choice.mood,
-            read_only: choice.read_only,
-            // A request may have 16 parts; the other ring has 4 heads.
-            waiting_max: 16 * usize::from(choice.size) + 4,
-            bytes: RefCell::new(vec![0x11; SIZE as usize]),
-            nth: Cell::new(0),
-            waiting: Cell::new(0),
-            left: Cell::new(0),
-        };
-        Moody { mood: Rc::new(mood), waiting: Rc::default() }
-    }
-}
-
-impl Disk for Moody {
-    fn session(&self) -> Box<dyn Session> {
-        Box::new(Moody { mood: self.mood.clone(), waiting: Rc::default() })
-    }
-
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { align: 512, preferred: 4096, read_only: self.mood.read_only, fast_zero: true }
-    }
-
-    fn resized(&self) -> BoxFuture<'static, ()> {
-        Box::pin(std::future::pending())
-    }
-}
-
-impl Session for Moody {
-    fn submit(&self, request: Request) {
-        let mood = &self.mood;
-        let nth = mood.nth.replace(mood.nth.get().wrapping_add(1));
-        match nth.wrapping_mul(mood.mood) % 8 {
-            0..=3 => mood.perform(request),
-            4 => request.reply.send(Err(Errno::EIO)),
-            5 => request.reply.send(Err(Errno::EOPNOTSUPP)),
-            _ => {
-                self.waiting.borrow_mut().push_back(request);
-                mood.waiting.set(mood.waiting.get() + 1);
-                assert!(mood.waiting.get() <= mood.waiting_max, "more is out than a ring has heads");
-                let (mood, waiting) = (mood.clone(), self.waiting.clone());
-                mood.handle.clone().spawn(async move {
-                    mood.handle.yield_now().await;
-                    // Out of order.
-                    let next = waiting.borrow_mut().pop_back();
-                    if let Some(request) = next {
-                        mood.waiting.set(mood.waiting.get() - 1);
-                        mood.perform(request);
-                    }
-                });
-            }
-        }
-    }
-
-    fn stop(&self, how: GiveUp) -> BoxFuture<'_, ()> {
-        // As with requests that wait for space: they are told or left at once.
-        for request in std::mem::take(&mut *self.waiting.borrow_mut()) {
-            self.mood.waiting.set(self.mood.waiting.get() - 1);
-            match how {
-                GiveUp::Tell => request.reply.send(Err(Errno::ENOSPC)),
-                GiveUp::Leave => {
-                    self.mood.left.set(self.mood.left.get() + 1);
-                    request.reply.leave();
-                }
-            }
-        }
-        Box::pin(std::future::ready(()))
-    }
-}
-
-impl Mood {
-    fn perform(&self, request: Request) {
-        let op = &request.op;
-        let span = op.span().expect("the ring checks what wraps around");
-        assert!(span.is_within(SIZE), "the ring checks what lies beyond the end");
-        assert!(!op.kind().changes() || !self.read_only, "the ring checks what is read-only");
-        let range = span.at() as usize..span.end() as usize;
-        let mut bytes = self.bytes.borrow_mut();
-        match op {
-            Op::Read { buf, .. } => buf.put(0, &bytes[range]),
-            Op::Write { buf, .. } => buf.get(0, &mut bytes[range]),
-            Op::WriteZeroes { .. } | Op::Discard { .. } => bytes[range].fill(0),
-            Op::Flush => {}
-            Op::Status { .. } | Op::Prefetch { .. } => panic!("virtio has no such request"),
-        }
-        drop(bytes);
-        request.reply.send(Ok(Payload::None));
     }
 }

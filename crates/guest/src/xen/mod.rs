@@ -7,10 +7,35 @@
 //!
 //! Sources: xen/include/public/io/blkif.h and xenbus.h, docs/misc/xenstore.txt of Xen.
 
-#[allow(dead_code)] // what serves a front end is not wired up
+#[allow(dead_code)] // until the handshake uses it
+mod barrier;
+#[allow(dead_code)] // until the handshake uses it
+mod data;
+#[allow(dead_code)] // until the handshake uses it
 mod device;
-#[allow(dead_code)] // as above
+#[allow(dead_code)] // until the handshake uses it
+mod journal;
+#[allow(dead_code)] // until the handshake uses it
+mod kept;
+#[allow(dead_code)] // until the handshake uses it
 mod layout;
+#[allow(dead_code)] // until the handshake uses it
+mod queue;
+#[allow(dead_code)] // until the handshake uses it
+mod request;
+#[allow(dead_code)] // until the handshake uses it
+mod ring;
+#[allow(dead_code)] // until the handshake uses it
+mod run;
+#[allow(dead_code)] // until the handshake uses it
+mod stats;
+#[allow(dead_code)] // until the handshake uses it
+mod status;
+#[allow(dead_code)] // until the handshake uses it
+mod turn;
+
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::rc::Rc;

@@ -2,20 +2,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::Errno;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::events::{Line, rung};
 use super::memory::Memory;
-use super::{Grant, Shared, State};
+use super::{Shared, State};
 use crate::Domain;
 use crate::events::Port;
 use crate::grants::{Access, GrantRef};
-
-/// Numbers of grants below this one are Xen's own (`GNTTAB_NR_RESERVED_ENTRIES`).
-const RESERVED: u32 = 8;
 
 /// A domain. A clone is the same one; it can be on another thread than the back end.
 #[derive(Clone)]
@@ -75,14 +72,19 @@ impl Guest {
 
     /// Lets the back ends' domain have a page.
     pub fn grant(&self, page: usize, access: Access) -> GrantRef {
-        assert!(page < self.pages(), "page {page} of {}", self.pages());
         let mut state = self.world.lock();
         let Some(body) = state.body(self.domain, self.birth) else { return GrantRef(u32::MAX) };
-        let fresh = RESERVED + (body.grants.len() + body.free_grants.len()) as u32;
-        let gref = body.free_grants.pop().unwrap_or(fresh);
-        let before = body.grants.insert(gref, Grant { page, access, mapped: 0 });
-        assert!(before.is_none(), "a number that is free");
-        GrantRef(gref)
+        let gref = GrantRef(body.free_grant());
+        body.grant(gref, &self.memory, page, access);
+        gref
+    }
+
+    /// Lets the back ends' domain have a page, under a number that is free.
+    pub fn grant_as(&self, gref: GrantRef, page: usize, access: Access) {
+        let mut state = self.world.lock();
+        if let Some(body) = state.body(self.domain, self.birth) {
+            body.grant(gref, &self.memory, page, access);
+        }
     }
 
     /// Takes a page back.
@@ -151,10 +153,15 @@ impl Guest {
     /// Waits until a back end has rung, for so long at most; how often it has, since this was last asked.
     pub fn wait(&self, port: Port, patience: Duration) -> u64 {
         let Some(bell) = self.line(port, |line| line.domains.clone()) else { return 0 };
-        let patience = Timespec::try_from(patience).expect("not for that long");
-        match poll(&mut [PollFd::new(&*bell, PollFlags::IN)], Some(&patience)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => rung(&*bell),
-            Err(errno) => panic!("an eventfd: {errno}"),
+        let due = Instant::now() + patience;
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).expect("not for that long");
+            match poll(&mut [PollFd::new(&*bell, PollFlags::IN)], Some(&left)) {
+                Ok(_) => return rung(&*bell),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => panic!("an eventfd: {errno}"),
+            }
         }
     }
 

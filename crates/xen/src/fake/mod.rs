@@ -9,6 +9,8 @@
 mod events;
 mod guest;
 mod memory;
+pub mod store;
+mod tree;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,7 +23,7 @@ use block::Errno;
 
 use crate::Domain;
 use crate::events::Events;
-use crate::grants::{Access, Grants};
+use crate::grants::{Access, GrantRef, Grants};
 pub use guest::Guest;
 use memory::Memory;
 
@@ -100,7 +102,34 @@ struct Body {
     grants: BTreeMap<u32, Grant>,
     /// Numbers of grants that have ended; the last of them is used next, as Linux does.
     free_grants: Vec<u32>,
+    /// Numbers from here on were not given yet.
+    next_grant: u32,
     ports: BTreeMap<u32, events::Line>,
+}
+
+/// Numbers of grants below this one are Xen's own (`GNTTAB_NR_RESERVED_ENTRIES`).
+const RESERVED: u32 = 8;
+
+impl Body {
+    /// A number that no page is granted under.
+    fn free_grant(&mut self) -> u32 {
+        loop {
+            let gref = self.free_grants.pop().unwrap_or_else(|| {
+                self.next_grant += 1;
+                self.next_grant - 1
+            });
+            // Somebody may have chosen it.
+            if !self.grants.contains_key(&gref) {
+                return gref;
+            }
+        }
+    }
+
+    fn grant(&mut self, gref: GrantRef, memory: &Memory, page: usize, access: Access) {
+        assert!(page < memory.pages(), "page {page} of {}", memory.pages());
+        let before = self.grants.insert(gref.0, Grant { page, access, mapped: 0 });
+        assert!(before.is_none(), "grant {} is free", gref.0);
+    }
 }
 
 /// A page that dom0 may use.
@@ -126,8 +155,9 @@ impl World {
         let mut state = self.0.lock();
         state.born += 1;
         let birth = state.born;
-        let (grants, free_grants, ports) = (BTreeMap::new(), Vec::new(), BTreeMap::new());
-        let body = Body { birth, memory: memory.clone(), grants, free_grants, ports };
+        let (grants, free_grants, next_grant) = (BTreeMap::new(), Vec::new(), RESERVED);
+        let ports = BTreeMap::new();
+        let body = Body { birth, memory: memory.clone(), grants, free_grants, next_grant, ports };
         let before = state.domains.insert(domain, body);
         assert!(before.is_none(), "there are two domains {domain}");
         drop(state);

@@ -8,7 +8,7 @@ use block::Buf;
 use super::*;
 use crate::PAGE;
 use crate::events::{Channel, Port};
-use crate::grants::{Direction, Farewell, GrantRef, Piece, Transfer};
+use crate::grants::{Direction, Farewell, Piece, Transfer};
 
 const GUEST: Domain = Domain(3);
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -61,6 +61,18 @@ fn a_grant_ends_only_when_nobody_has_it_mapped_and_its_number_comes_back() {
     assert_eq!((guest.mapped(), world.counts().mapped, guest.granted()), (0, 0, 0));
     assert_eq!(grants.map(GUEST, &[one], Access::Read).unwrap_err(), Errno::EINVAL);
     assert_eq!(guest.grant(1, Access::Write), one, "the one that ended last");
+}
+
+#[test]
+fn a_number_that_somebody_has_chosen_is_not_given_to_another() {
+    let world = World::new();
+    let guest = world.domain(GUEST, 8);
+    guest.grant_as(GrantRef(9), 5, Access::Read);
+    let given = [0, 1, 2].map(|page| guest.grant(page, Access::Read));
+    assert_eq!(given, [8, 10, 11].map(GrantRef));
+    guest.end(GrantRef(9)).unwrap();
+    guest.grant_as(GrantRef(9), 5, Access::Read);
+    assert_eq!(guest.grant(3, Access::Read), GrantRef(12));
 }
 
 #[test]

@@ -2,12 +2,21 @@
 //!
 //! Sources: xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt of Xen.
 
+mod client;
+pub(crate) mod wire;
+
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+pub use client::{Client, Error, Event, View, Woken};
+pub use wire::Kind;
+
+use crate::Domain;
 
 /// A way to a xenstore.
 pub trait Connect: Send + Sync {
@@ -76,6 +85,59 @@ fn open(path: &Path) -> rustix::io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// What a domain may do with a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing.
+    None,
+    /// Read it.
+    Read,
+    /// Write it.
+    Write,
+    /// Both.
+    Both,
+}
+
+/// What a domain may do with a node, as it is written: `n0`, `r5`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permission {
+    /// Who.
+    pub domain: Domain,
+    /// What.
+    pub access: Access,
+}
+
+impl fmt::Display for Permission {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letter = match self.access {
+            Access::None => 'n',
+            Access::Read => 'r',
+            Access::Write => 'w',
+            Access::Both => 'b',
+        };
+        write!(formatter, "{letter}{}", self.domain)
+    }
+}
+
+impl FromStr for Permission {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Permission, ()> {
+        let mut letters = text.chars();
+        let access = match letters.next() {
+            Some('n') => Access::None,
+            Some('r') => Access::Read,
+            Some('w') => Access::Write,
+            Some('b') => Access::Both,
+            Some(_) | None => return Err(()),
+        };
+        match letters.as_str().parse() {
+            Ok(number) => Ok(Permission { domain: Domain(number), access }),
+            Err(_) => Err(()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
@@ -94,6 +156,16 @@ mod tests {
         let listener = UnixListener::bind(&alive).unwrap();
         drop(connect_first(&[absent, dead, alive]).unwrap());
         listener.accept().unwrap();
+    }
+
+    #[test]
+    fn permissions_are_written_as_the_store_has_them() {
+        for text in ["n0", "r5", "w32751", "b7"] {
+            assert_eq!(text.parse::<Permission>().unwrap().to_string(), text);
+        }
+        for wrong in ["", "n", "x0", "r-1", "r65536", "0", "r5x"] {
+            assert_eq!(wrong.parse::<Permission>(), Err(()), "{wrong}");
+        }
     }
 
     #[test]
