@@ -17,6 +17,7 @@ use super::queue::Queue;
 use super::request::Terms;
 use super::ring::Ring;
 use super::run::{Failure, Run};
+use super::stats::Counts;
 use super::{OnFailedSync, Settings};
 use crate::budget::Budget;
 use crate::complaints::Complaints;
@@ -107,6 +108,7 @@ pub(crate) struct Common {
     pub(super) disk: Rc<dyn Disk>,
     pub(super) budget: Budget,
     pub(super) barrier: Barrier,
+    pub(super) counts: Rc<Counts>,
     offered: Offered,
     name: String,
     complaints: Rc<Complaints>,
@@ -173,7 +175,8 @@ struct Doubt(Rc<Common>);
 impl Answer for Doubt {
     fn answer(&self, _: Ticket, result: Result<Payload, Errno>) {
         self.0.doubting.set(false);
-        if result.is_err() {
+        // A disk that is being closed takes no request any more, which says nothing of its syncs.
+        if result.is_err_and(|errno| errno != Errno::ESHUTDOWN) {
             self.0.sync_failed.happen();
         }
     }
@@ -194,6 +197,7 @@ pub(crate) struct Device {
     budget: Budget,
     complaints: Rc<Complaints>,
     sync_failed: Rc<Signal>,
+    counts: Rc<Counts>,
     connected: RefCell<Option<Connected>>,
 }
 
@@ -231,6 +235,7 @@ impl Device {
             settings,
             complaints: Rc::default(),
             sync_failed: Rc::default(),
+            counts: Rc::default(),
             connected: RefCell::default(),
         })
     }
@@ -270,6 +275,7 @@ impl Device {
             disk: self.disk.clone(),
             budget: self.budget.clone(),
             barrier: Barrier::default(),
+            counts: self.counts.clone(),
             offered: connection.offered,
             name: self.settings.name.clone(),
             complaints: self.complaints.clone(),
@@ -335,6 +341,11 @@ impl Device {
     /// Whether a front end is connected.
     pub(crate) fn is_connected(&self) -> bool {
         self.connected.borrow().is_some()
+    }
+
+    /// What its front ends have asked for.
+    pub(crate) fn counts(&self) -> &Rc<Counts> {
+        &self.counts
     }
 
     /// Ends when a sync of the disk has failed, now or before, where a guest's disk is to be taken away for that.

@@ -9,12 +9,13 @@ use std::task::{Context, Poll, Waker};
 use ::xen::events::Channel;
 use ::xen::grants::{Direction, Piece};
 use block::{Answer, Errno, Op, OpKind, Payload, Reply, Request, Ticket};
-use runtime::{Completion, Fd, Handle, Source, Watch};
+use runtime::{Completion, Fd, Handle, Instant, Source, Watch};
 
 use super::data::{Copies, Data, Place};
 use super::device::{Common, Parting};
 use super::queue::Queue;
 use super::ring::RingError;
+use super::stats::Asked;
 use super::status::{Status, status};
 use super::turn::{Job, Steps, Turn};
 use crate::budget::{Account, Taken};
@@ -50,7 +51,7 @@ pub(crate) enum Failure {
 
 pub(crate) struct Run {
     pub(super) index: usize,
-    handle: Handle,
+    pub(super) handle: Handle,
     pub(super) common: Rc<Common>,
     pub(super) session: Box<dyn Session>,
     pub(super) queue: RefCell<Queue>,
@@ -75,7 +76,8 @@ pub(crate) struct Run {
     pub(super) flights: RefCell<Vec<Flight>>,
     /// What has come back from there.
     back: RefCell<Vec<(u16, End)>>,
-    /// Room for copies that are done in one go, and for a table of segments.
+    /// Room for a turn's requests, for copies that are done in one go, and for a table of segments.
+    pub(super) jobs: RefCell<Vec<Job>>,
     pub(super) copies: RefCell<Copies>,
     pub(super) table: RefCell<Vec<u8>>,
     /// Memory for the request that is taken next, which has waited for it.
@@ -90,6 +92,11 @@ pub(crate) struct Run {
 #[derive(Default)]
 pub(super) struct Flight {
     pub(super) kind: Option<OpKind>,
+    /// As it is counted, and when it was taken.
+    pub(super) asked: Asked,
+    since: Instant,
+    /// Sectors that it moves if all is well.
+    pub(super) sectors: u64,
     /// The answer, where the disk is not asked.
     pub(super) preset: Option<Status>,
     /// It counts as one that changes the disk.
@@ -105,9 +112,9 @@ pub(super) struct Flight {
 
 impl Flight {
     /// A request that may use this memory.
-    pub(super) fn begin(&mut self, taken: Option<Taken>) {
+    pub(super) fn begin(&mut self, taken: Option<Taken>, since: Instant) {
         let pieces = std::mem::take(&mut self.pieces);
-        *self = Flight { pieces, taken, ..Flight::default() };
+        *self = Flight { pieces, taken, since, ..Flight::default() };
     }
 }
 
@@ -150,6 +157,7 @@ impl Run {
             watch: RefCell::default(),
             flights: RefCell::new(flights),
             back: RefCell::default(),
+            jobs: RefCell::default(),
             copies: RefCell::default(),
             table: RefCell::default(),
             ahead: RefCell::default(),
@@ -211,6 +219,7 @@ impl Run {
                 Turn::More => self.handle.yield_now().await,
                 Turn::Done => return,
                 Turn::Memory(bytes) => {
+                    self.common.counts.waits();
                     let _waiting = Waiting::begin(&self.is_waiting);
                     let taken = self.ending.or(self.account.take(bytes)).await;
                     *self.ahead.borrow_mut() = taken;
@@ -420,7 +429,7 @@ impl Source for Run {
         if !is_muted {
             self.deliver(&back, &mut flights);
         }
-        let mut queue = self.queue.borrow_mut();
+        let (mut queue, now) = (self.queue.borrow_mut(), self.handle.now());
         back.retain(|(slot, end)| {
             let flight = &mut flights[usize::from(*slot)];
             if flight.place.is_in_use() {
@@ -430,7 +439,12 @@ impl Source for Run {
             flight.place = Place::Nowhere;
             flight.taken = None;
             match end {
-                End::Answer(result) if !is_muted => queue.answer(*slot, told(flight, *result)),
+                End::Answer(result) if !is_muted => {
+                    let told = told(flight, *result);
+                    let moved = (told == Status::Okay).then_some(flight.sectors);
+                    self.common.counts.answered(flight.asked, moved, now.since(flight.since));
+                    queue.answer(*slot, told);
+                }
                 End::Answer(_) | End::Leave => {}
             }
             false
