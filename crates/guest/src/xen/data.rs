@@ -115,15 +115,6 @@ impl Data {
             self.grants.copy(self.domain, &mut copies.transfers);
         }
     }
-
-    /// How many pages stay mapped.
-    #[cfg(test)]
-    pub(crate) fn kept(&self) -> usize {
-        match &self.way {
-            Way::Copy | Way::Map => 0,
-            Way::Keep(kept) => kept.borrow().count(),
-        }
-    }
 }
 
 /// Copies that are done in one go, each for a request.

@@ -13,11 +13,13 @@ use super::Settings;
 use super::barrier::Barrier;
 use super::data::Data;
 use super::journal::{Journal, JournalError, Shape};
-use super::layout::{Abi, RING_PAGES_MAX};
+use super::layout::{Abi, RING_PAGES_MAX, SECTOR};
 use super::queue::Queue;
 use super::request::Terms;
 use super::ring::Ring;
-use super::run::{Failure, Run};
+use super::run::{Failure, Flight, Run};
+use super::stats::Counts;
+use super::status::Status;
 use crate::budget::Budget;
 use crate::complaints::Complaints;
 use crate::signal::Signal;
@@ -107,6 +109,7 @@ pub(crate) struct Common {
     pub(super) disk: Rc<dyn Disk>,
     pub(super) budget: Budget,
     pub(super) barrier: Barrier,
+    pub(super) counts: Rc<Counts>,
     offered: Offered,
     name: String,
     complaints: Rc<Complaints>,
@@ -141,6 +144,15 @@ impl Common {
             let asked = Rc::new(Doubt(common.clone()));
             common.session.submit(Request { op: Op::Flush, reply: Reply::new(asked, Ticket(0)) });
         });
+    }
+
+    /// Counts a request that is answered.
+    pub(super) fn count(&self, flight: &Flight, status: Status) {
+        let moved = match status {
+            Status::Okay => Some(flight.len / SECTOR),
+            Status::Error | Status::Unsupported => None,
+        };
+        self.counts.answered(flight.asked(), moved, self.handle.now().since(flight.since));
     }
 
     /// Tells of a ring that cannot go on, unless a hostile guest made us tell too much lately.
@@ -187,6 +199,7 @@ pub(crate) struct Device {
     settings: Rc<Settings>,
     budget: Budget,
     complaints: Rc<Complaints>,
+    counts: Rc<Counts>,
     sync_failed: Rc<Signal>,
     connected: RefCell<Option<Connected>>,
 }
@@ -224,6 +237,7 @@ impl Device {
             budget: Budget::new(settings.memory),
             settings,
             complaints: Rc::default(),
+            counts: Rc::default(),
             sync_failed: Rc::default(),
             connected: RefCell::default(),
         })
@@ -264,6 +278,7 @@ impl Device {
             disk: self.disk.clone(),
             budget: self.budget.clone(),
             barrier: Barrier::default(),
+            counts: self.counts.clone(),
             offered: connection.offered,
             name: self.settings.name.clone(),
             complaints: self.complaints.clone(),
@@ -328,6 +343,11 @@ impl Device {
     /// Whether a front end is connected.
     pub(crate) fn is_connected(&self) -> bool {
         self.connected.borrow().is_some()
+    }
+
+    /// What the guest has asked, on all connections together.
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Ends when a sync of the disk has failed, now or before.

@@ -7,35 +7,27 @@
 //!
 //! Sources: xen/include/public/io/blkif.h and xenbus.h, docs/misc/xenstore.txt of Xen.
 
-#[allow(dead_code)] // until the handshake uses it
 mod barrier;
-#[allow(dead_code)] // until the handshake uses it
+mod control;
 mod data;
-#[allow(dead_code)] // until the handshake uses it
+mod detach;
 mod device;
-#[allow(dead_code)] // until the handshake uses it
 mod journal;
-#[allow(dead_code)] // until the handshake uses it
 mod kept;
-#[allow(dead_code)] // until the handshake uses it
 mod layout;
-#[allow(dead_code)] // until the handshake uses it
+mod negotiate;
+mod nodes;
 mod queue;
-#[allow(dead_code)] // until the handshake uses it
 mod request;
-#[allow(dead_code)] // until the handshake uses it
 mod ring;
-#[allow(dead_code)] // until the handshake uses it
 mod run;
-#[allow(dead_code)] // until the handshake uses it
+mod server;
+mod situation;
 mod stats;
-#[allow(dead_code)] // until the handshake uses it
 mod status;
-#[allow(dead_code)] // until the handshake uses it
-mod turn;
-
 #[cfg(test)]
 mod tests;
+mod turn;
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -45,6 +37,9 @@ use ::xen::Domain;
 use ::xen::events::Events;
 use ::xen::grants::Grants;
 use ::xen::store::Connect;
+pub use control::End;
+pub use detach::{DetachError, detach};
+pub use server::{Server, StartError};
 
 /// One disk of one guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,12 +9,13 @@ use std::task::{Context, Poll, Waker};
 use ::xen::events::Channel;
 use ::xen::grants::{Direction, Piece};
 use block::{Answer, Errno, Op, OpKind, Payload, Reply, Request, Ticket};
-use runtime::{Completion, Fd, Handle, Source, Watch};
+use runtime::{Completion, Fd, Handle, Instant, Source, Watch};
 
 use super::data::{Copies, Data, Place};
 use super::device::{Common, Parting};
 use super::queue::Queue;
 use super::ring::RingError;
+use super::stats::Asked;
 use super::status::{Status, status};
 use super::turn::{Job, Steps, Turn};
 use crate::budget::{Account, Taken};
@@ -101,6 +102,10 @@ pub(super) struct Flight {
     pub(super) pieces: Vec<Piece>,
     pub(super) place: Place,
     taken: Option<Taken>,
+    /// When it was taken.
+    pub(super) since: Instant,
+    /// Bytes that it moves.
+    pub(super) len: u64,
 }
 
 impl Flight {
@@ -108,6 +113,19 @@ impl Flight {
     pub(super) fn begin(&mut self, taken: Option<Taken>) {
         let pieces = std::mem::take(&mut self.pieces);
         *self = Flight { pieces, taken, ..Flight::default() };
+    }
+
+    /// As it is counted: a barrier with data begins with a flush, but is a write.
+    pub(super) fn asked(&self) -> Asked {
+        match self.kind {
+            Some(OpKind::Read) => Asked::Read,
+            Some(OpKind::Write) => Asked::Write,
+            Some(OpKind::Flush) if self.len > 0 => Asked::Write,
+            Some(
+                OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes | OpKind::Status | OpKind::Prefetch,
+            )
+            | None => Asked::Other,
+        }
     }
 }
 
@@ -211,6 +229,7 @@ impl Run {
                 Turn::More => self.handle.yield_now().await,
                 Turn::Done => return,
                 Turn::Memory(bytes) => {
+                    self.common.counts.waits();
                     let _waiting = Waiting::begin(&self.is_waiting);
                     let taken = self.ending.or(self.account.take(bytes)).await;
                     *self.ahead.borrow_mut() = taken;
@@ -430,7 +449,11 @@ impl Source for Run {
             flight.place = Place::Nowhere;
             flight.taken = None;
             match end {
-                End::Answer(result) if !is_muted => queue.answer(*slot, told(flight, *result)),
+                End::Answer(result) if !is_muted => {
+                    let status = told(flight, *result);
+                    self.common.count(flight, status);
+                    queue.answer(*slot, status);
+                }
                 End::Answer(_) | End::Leave => {}
             }
             false

@@ -185,6 +185,8 @@ impl Run {
         let kind = job.op.as_ref().map(Op::kind);
         flight.kind = if job.steps.is_some() { Some(OpKind::Flush) } else { kind };
         flight.fua = job.op.as_ref().is_some_and(Op::fua);
+        (flight.since, flight.len) = (self.common.handle.now(), moved(job.op.as_ref()));
+        self.common.counts.taken(flight.asked());
     }
 
     fn ask_disk(&self, job: Job) {
@@ -198,5 +200,16 @@ impl Run {
             self.common.barrier.began();
         }
         self.session.submit(Request { op, reply });
+    }
+}
+
+/// Bytes that a request moves to or from the guest.
+fn moved(op: Option<&Op>) -> u64 {
+    match op {
+        Some(Op::Read { buf, .. } | Op::Write { buf, .. }) => buf.len() as u64,
+        Some(
+            Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } | Op::Status { .. } | Op::Prefetch { .. },
+        )
+        | None => 0,
     }
 }
