@@ -13,13 +13,12 @@ use super::Settings;
 use super::barrier::Barrier;
 use super::data::Data;
 use super::journal::{Journal, JournalError, Shape};
-use super::layout::{Abi, RING_PAGES_MAX, SECTOR};
+use super::layout::{Abi, RING_PAGES_MAX};
 use super::queue::Queue;
 use super::request::Terms;
 use super::ring::Ring;
-use super::run::{Failure, Flight, Run};
+use super::run::{Failure, Run};
 use super::stats::Counts;
-use super::status::Status;
 use crate::budget::Budget;
 use crate::complaints::Complaints;
 use crate::signal::Signal;
@@ -146,15 +145,6 @@ impl Common {
         });
     }
 
-    /// Counts a request that is answered.
-    pub(super) fn count(&self, flight: &Flight, status: Status) {
-        let moved = match status {
-            Status::Okay => Some(flight.len / SECTOR),
-            Status::Error | Status::Unsupported => None,
-        };
-        self.counts.answered(flight.asked(), moved, self.handle.now().since(flight.since));
-    }
-
     /// Tells of a ring that cannot go on, unless a hostile guest made us tell too much lately.
     pub(super) fn complain(&self, ring: usize, failure: &Failure) {
         if let Some(kept_back) = self.complaints.admit(self.handle.now()) {
@@ -179,7 +169,8 @@ struct Doubt(Rc<Common>);
 impl Answer for Doubt {
     fn answer(&self, _: Ticket, result: Result<Payload, Errno>) {
         self.0.doubting.set(false);
-        if result.is_err() {
+        // A disk that is being closed takes no request any more, which says nothing of its syncs.
+        if result.is_err_and(|errno| errno != Errno::ESHUTDOWN) {
             self.0.sync_failed.happen();
         }
     }
@@ -199,8 +190,8 @@ pub(crate) struct Device {
     settings: Rc<Settings>,
     budget: Budget,
     complaints: Rc<Complaints>,
-    counts: Rc<Counts>,
     sync_failed: Rc<Signal>,
+    counts: Rc<Counts>,
     connected: RefCell<Option<Connected>>,
 }
 
@@ -237,8 +228,8 @@ impl Device {
             budget: Budget::new(settings.memory),
             settings,
             complaints: Rc::default(),
-            counts: Rc::default(),
             sync_failed: Rc::default(),
+            counts: Rc::default(),
             connected: RefCell::default(),
         })
     }
@@ -345,8 +336,8 @@ impl Device {
         self.connected.borrow().is_some()
     }
 
-    /// What the guest has asked, on all connections together.
-    pub(crate) fn counts(&self) -> &Counts {
+    /// What its front ends have asked for.
+    pub(crate) fn counts(&self) -> &Rc<Counts> {
         &self.counts
     }
 

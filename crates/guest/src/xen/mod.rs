@@ -29,6 +29,11 @@ mod status;
 mod tests;
 mod turn;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use device::{Connection, Device, Offered, Parting, RingSpec, Start};
+#[cfg(feature = "fuzzing")]
+pub(crate) use layout::Abi;
+
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;

@@ -51,7 +51,7 @@ pub(crate) enum Failure {
 
 pub(crate) struct Run {
     pub(super) index: usize,
-    handle: Handle,
+    pub(super) handle: Handle,
     pub(super) common: Rc<Common>,
     pub(super) session: Box<dyn Session>,
     pub(super) queue: RefCell<Queue>,
@@ -76,7 +76,8 @@ pub(crate) struct Run {
     pub(super) flights: RefCell<Vec<Flight>>,
     /// What has come back from there.
     back: RefCell<Vec<(u16, End)>>,
-    /// Room for copies that are done in one go, and for a table of segments.
+    /// Room for a turn's requests, for copies that are done in one go, and for a table of segments.
+    pub(super) jobs: RefCell<Vec<Job>>,
     pub(super) copies: RefCell<Copies>,
     pub(super) table: RefCell<Vec<u8>>,
     /// Memory for the request that is taken next, which has waited for it.
@@ -91,6 +92,11 @@ pub(crate) struct Run {
 #[derive(Default)]
 pub(super) struct Flight {
     pub(super) kind: Option<OpKind>,
+    /// As it is counted, and when it was taken.
+    pub(super) asked: Asked,
+    since: Instant,
+    /// Sectors that it moves if all is well.
+    pub(super) sectors: u64,
     /// The answer, where the disk is not asked.
     pub(super) preset: Option<Status>,
     /// It counts as one that changes the disk.
@@ -102,30 +108,13 @@ pub(super) struct Flight {
     pub(super) pieces: Vec<Piece>,
     pub(super) place: Place,
     taken: Option<Taken>,
-    /// When it was taken.
-    pub(super) since: Instant,
-    /// Bytes that it moves.
-    pub(super) len: u64,
 }
 
 impl Flight {
     /// A request that may use this memory.
-    pub(super) fn begin(&mut self, taken: Option<Taken>) {
+    pub(super) fn begin(&mut self, taken: Option<Taken>, since: Instant) {
         let pieces = std::mem::take(&mut self.pieces);
-        *self = Flight { pieces, taken, ..Flight::default() };
-    }
-
-    /// As it is counted: a barrier with data begins with a flush, but is a write.
-    pub(super) fn asked(&self) -> Asked {
-        match self.kind {
-            Some(OpKind::Read) => Asked::Read,
-            Some(OpKind::Write) => Asked::Write,
-            Some(OpKind::Flush) if self.len > 0 => Asked::Write,
-            Some(
-                OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes | OpKind::Status | OpKind::Prefetch,
-            )
-            | None => Asked::Other,
-        }
+        *self = Flight { pieces, taken, since, ..Flight::default() };
     }
 }
 
@@ -168,6 +157,7 @@ impl Run {
             watch: RefCell::default(),
             flights: RefCell::new(flights),
             back: RefCell::default(),
+            jobs: RefCell::default(),
             copies: RefCell::default(),
             table: RefCell::default(),
             ahead: RefCell::default(),
@@ -439,7 +429,7 @@ impl Source for Run {
         if !is_muted {
             self.deliver(&back, &mut flights);
         }
-        let mut queue = self.queue.borrow_mut();
+        let (mut queue, now) = (self.queue.borrow_mut(), self.handle.now());
         back.retain(|(slot, end)| {
             let flight = &mut flights[usize::from(*slot)];
             if flight.place.is_in_use() {
@@ -450,9 +440,10 @@ impl Source for Run {
             flight.taken = None;
             match end {
                 End::Answer(result) if !is_muted => {
-                    let status = told(flight, *result);
-                    self.common.count(flight, status);
-                    queue.answer(*slot, status);
+                    let told = told(flight, *result);
+                    let moved = (told == Status::Okay).then_some(flight.sectors);
+                    self.common.counts.answered(flight.asked, moved, now.since(flight.since));
+                    queue.answer(*slot, told);
                 }
                 End::Answer(_) | End::Leave => {}
             }

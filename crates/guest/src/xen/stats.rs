@@ -41,12 +41,13 @@ struct Kind {
 }
 
 /// What kind of request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Asked {
     Read,
     /// Barriers too, if they have data.
     Write,
     /// All that moves no data.
+    #[default]
     Other,
 }
 
@@ -84,7 +85,7 @@ impl Counts {
     }
 
     /// `struct vbd3_stats`, version 1.
-    fn bytes(&self) -> [u8; STATS_LEN] {
+    pub(super) fn bytes(&self) -> [u8; STATS_LEN] {
         let Kind { taken: reads, answered: reads_done, sectors: read, micros: reading } = &self.reads;
         let Kind { taken: writes, answered: writes_done, sectors: written, micros: writing } = &self.writes;
         let fields = [

@@ -7,9 +7,10 @@ use ::xen::grants::Direction;
 use block::{Op, OpKind, Pool, Reply, Request, Span, Ticket};
 
 use super::data::Place;
-use super::layout::Raw;
+use super::layout::{Raw, SECTOR};
 use super::request::{self, Terms, Verdict, judge};
 use super::run::{Failure, Flight, Run};
+use super::stats::Asked;
 
 /// Requests that a ring may have taken before others get their turn, and bytes of their data: what a request costs is
 /// in these too.
@@ -50,13 +51,12 @@ impl Run {
     /// Takes what there is, up to a limit, and asks the disk for it.
     pub(super) fn take_turn(self: &Rc<Self>) -> Turn {
         let terms = self.common.terms();
-        let mut jobs = Vec::with_capacity(REQUESTS);
+        let mut jobs = self.jobs.take();
         let turn = self.take(&terms, &mut jobs);
         self.prepare(&terms, &mut jobs);
         let in_steps = jobs.pop_if(|job| job.steps.is_some());
-        for job in jobs {
-            self.ask_disk(job);
-        }
+        jobs.drain(..).for_each(|job| self.ask_disk(job));
+        *self.jobs.borrow_mut() = jobs;
         match in_steps {
             Some(job) => job.steps.map_or(turn, |steps| Turn::Steps(Box::new(job), steps)),
             None => turn,
@@ -92,7 +92,7 @@ impl Run {
             let (slot, raw) = queue.take();
             let is_broken = queue.is_broken();
             drop(queue);
-            self.flights.borrow_mut()[usize::from(slot)].begin(taken);
+            self.flights.borrow_mut()[usize::from(slot)].begin(taken, self.handle.now());
             let reply = Reply::new(self.clone(), Ticket(slot.into()));
             jobs.push(Job { slot, raw, reply, op: None, steps: None });
             if is_broken {
@@ -135,6 +135,18 @@ impl Run {
                 }
             }
             let verdict = judge(&job.raw, &bytes, terms, &mut flight.pieces);
+            let (asked, span) = match verdict {
+                Verdict::Read(span) => (Asked::Read, Some(span)),
+                Verdict::Write(span) | Verdict::Barrier { write: Some(span), .. } => {
+                    (Asked::Write, Some(span))
+                }
+                Verdict::Barrier { write: None, .. }
+                | Verdict::Flush
+                | Verdict::Discard(_)
+                | Verdict::Answer(_) => (Asked::Other, None),
+            };
+            (flight.asked, flight.sectors) = (asked, span.map_or(0, |span| span.len() / SECTOR));
+            self.common.counts.taken(asked);
             self.provide(verdict, job, flight);
             if let (Some(Op::Write { .. }), Place::Ours(buf)) = (&job.op, &flight.place) {
                 let pieces = std::mem::take(&mut flight.pieces);
@@ -185,8 +197,6 @@ impl Run {
         let kind = job.op.as_ref().map(Op::kind);
         flight.kind = if job.steps.is_some() { Some(OpKind::Flush) } else { kind };
         flight.fua = job.op.as_ref().is_some_and(Op::fua);
-        (flight.since, flight.len) = (self.common.handle.now(), moved(job.op.as_ref()));
-        self.common.counts.taken(flight.asked());
     }
 
     fn ask_disk(&self, job: Job) {
@@ -200,16 +210,5 @@ impl Run {
             self.common.barrier.began();
         }
         self.session.submit(Request { op, reply });
-    }
-}
-
-/// Bytes that a request moves to or from the guest.
-fn moved(op: Option<&Op>) -> u64 {
-    match op {
-        Some(Op::Read { buf, .. } | Op::Write { buf, .. }) => buf.len() as u64,
-        Some(
-            Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } | Op::Status { .. } | Op::Prefetch { .. },
-        )
-        | None => 0,
     }
 }

@@ -310,6 +310,26 @@ fn without_persistence_a_page_is_unmapped_before_the_answer() {
 }
 
 #[test]
+fn an_answer_waits_for_whoever_has_the_page_still() {
+    for op in [0, 1] {
+        run(move |handle| async move {
+            let mut host = Host::new(&handle, DataPath::Map);
+            let mut front = host.front(1, 1);
+            host.connect(&[&front]).await;
+            *host.disk.kept.borrow_mut() = Some(Vec::new());
+            let pages = host.pages(&[7; PAGE], Access::Write);
+            front.ask(&front::request(host.abi, op, 1, 0, &segs(&pages)));
+            host.quiet().await;
+            assert_eq!((front.responses(), host.world.counts().mapped), (vec![], 2));
+            host.disk.kept.take();
+            assert_eq!(host.responses(&mut front, 1).await, [(1, op, 0)]);
+            assert_eq!(host.world.counts().mapped, 1);
+            host.leave(Parting::Tell).await;
+        });
+    }
+}
+
+#[test]
 fn persistent_grants_are_mapped_once() {
     run(|handle| async move {
         let mut host = Host::new(&handle, DataPath::Map);
@@ -810,4 +830,31 @@ fn a_failed_sync_is_told_to_who_waits_for_it() {
             host.leave(Parting::Tell).await;
         });
     }
+}
+
+#[test]
+fn what_is_asked_for_is_counted() {
+    run(|handle| async move {
+        let mut host = Host::new(&handle, DataPath::Auto);
+        let mut front = host.front(1, 1);
+        host.connect(&[&front]).await;
+        let pages = host.pages(&[7; PAGE], Access::Write);
+        let segs = segs(&pages);
+        front.put(&front::request(host.abi, 0, 1, 0, &[(segs[0].0, 1, 3)]));
+        front.put(&front::request(host.abi, 1, 2, 8, &segs));
+        front.put(&front::request(host.abi, 1, 3, u64::MAX, &segs));
+        front.put(&front::request(host.abi, 3, 4, 0, &[]));
+        front.put(&front::request(host.abi, 2, 5, 16, &segs));
+        front.put(&front::request(host.abi, 77, 6, 0, &[]));
+        front.show();
+        host.responses(&mut front, 6).await;
+        // `struct vbd3_stats`: version, oo_reqs, and of reads and writes each submitted, completed, sectors, ticks; then
+        // io_errors.
+        let bytes = host.device.counts().bytes();
+        let word = |at: usize| u64::from_ne_bytes(bytes[8 * at..][..8].try_into().unwrap());
+        assert_eq!([1, 2, 3, 4].map(word), [0, 1, 1, 3]);
+        assert_eq!([6, 7, 8].map(word), [2, 2, 16]);
+        assert_eq!(word(10), 2, "a write beyond the end, and what is not known");
+        host.leave(Parting::Tell).await;
+    });
 }

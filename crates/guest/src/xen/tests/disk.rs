@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
-use block::{Errno, Limits, Op, Payload, Request};
+use block::{Buf, Errno, Limits, Op, Payload, Request};
 use runtime::BoxFuture;
 
 use crate::{Disk, GiveUp, Session};
@@ -27,6 +27,8 @@ pub(super) struct ModelDisk {
     pub(super) holds: Cell<bool>,
     held: RefCell<VecDeque<(u64, Request)>>,
     waiting: RefCell<VecDeque<(u64, Request)>>,
+    /// Somebody has these still when the answer comes.
+    pub(super) kept: RefCell<Option<Vec<Buf>>>,
     /// What was asked, in words: nobody keeps a request's memory.
     pub(super) asked: RefCell<Vec<String>>,
     sessions: Cell<u64>,
@@ -45,6 +47,7 @@ impl ModelDisk {
             holds: Cell::new(false),
             held: RefCell::default(),
             waiting: RefCell::default(),
+            kept: RefCell::default(),
             asked: RefCell::default(),
             sessions: Cell::new(0),
             stopping: RefCell::default(),
@@ -80,6 +83,11 @@ impl ModelDisk {
     fn finish(&self, request: Request) {
         let Request { op, reply } = request;
         let result = self.perform(&op);
+        if let (Some(kept), Op::Read { buf, .. } | Op::Write { buf, .. }) =
+            (&mut *self.kept.borrow_mut(), &op)
+        {
+            kept.push(buf.clone());
+        }
         // As a disk does: nobody has the memory any more when the answer comes.
         drop(op);
         reply.send(result);
