@@ -44,3 +44,8 @@ fn guests_rings_harm_nobody_with_all_that_was_collected() {
 fn transmission_keeps_its_rules_with_all_that_was_collected() {
     replay("nbd_transmission", guest::fuzzing::transmission);
 }
+
+#[test]
+fn xen_guests_rings_harm_nobody_with_all_that_was_collected() {
+    replay("xen_rings", guest::fuzzing::xen_rings);
+}

@@ -8,6 +8,8 @@ mod moody;
 mod negotiation;
 mod rings;
 mod transmission;
+#[cfg(feature = "fuzzing")]
+mod xen_rings;
 
 use block::Pool;
 use runtime::{RingFlags, Runtime, Uring};
@@ -16,6 +18,8 @@ pub use messages::messages;
 pub use negotiation::negotiation;
 pub use rings::rings;
 pub use transmission::transmission;
+#[cfg(feature = "fuzzing")]
+pub use xen_rings::xen_rings;
 
 thread_local! {
     /// What the targets run on, set up once: an io_uring costs more than most inputs.

@@ -8,23 +8,31 @@
 //! Sources: xen/include/public/io/blkif.h and xenbus.h, docs/misc/xenstore.txt of Xen.
 
 mod barrier;
+mod control;
 mod data;
-#[allow(dead_code)] // until the handshake uses it
+mod detach;
 mod device;
 mod journal;
 mod kept;
-#[allow(dead_code)] // as above
 mod layout;
+mod negotiate;
+mod nodes;
 mod queue;
 mod request;
 mod ring;
 mod run;
-#[allow(dead_code)] // as above
+mod server;
+mod situation;
 mod stats;
 mod status;
 #[cfg(test)]
 mod tests;
 mod turn;
+
+#[cfg(feature = "fuzzing")]
+pub(crate) use device::{Connection, Device, Offered, Parting, RingSpec, Start};
+#[cfg(feature = "fuzzing")]
+pub(crate) use layout::Abi;
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -34,6 +42,9 @@ use ::xen::Domain;
 use ::xen::events::Events;
 use ::xen::grants::Grants;
 use ::xen::store::Connect;
+pub use control::End;
+pub use detach::{DetachError, detach};
+pub use server::{Server, StartError};
 
 /// One disk of one guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -208,7 +208,8 @@ impl Store {
             }
             let left = end.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "waited half a minute until {what}: {:#?}", state.tree);
-            let waited = self.0.changed.wait_timeout(state, left);
+            // What is waited for may depend on more than the store.
+            let waited = self.0.changed.wait_timeout(state, left.min(Duration::from_millis(20)));
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

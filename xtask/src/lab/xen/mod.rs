@@ -9,6 +9,7 @@ mod domain;
 mod durable;
 mod full;
 mod ground;
+mod measure;
 mod negotiation;
 mod nodes;
 mod server;
@@ -40,6 +41,9 @@ pub(crate) struct Xen {
     /// Where the scenarios' dice start: the moments of `kill -9`, and what the guest writes.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Instead of all scenarios, measure what a request costs dom0 by each way of its data.
+    #[arg(long)]
+    measure: bool,
     /// After the scenarios of each boot, ask for commands to run in its dom0.
     #[arg(long)]
     shell: bool,
@@ -48,7 +52,14 @@ pub(crate) struct Xen {
 impl Xen {
     /// The scenarios as `ci` runs them.
     pub(crate) fn of_tapdisk() -> Xen {
-        Xen { only: None, server: server::Kind::Tapdisk, program: None, seed: 1, shell: false }
+        Xen {
+            only: None,
+            server: server::Kind::Tapdisk,
+            program: None,
+            seed: 1,
+            measure: false,
+            shell: false,
+        }
     }
 
     fn program(&self) -> Result<PathBuf> {
@@ -94,7 +105,11 @@ pub(crate) fn run(arguments: &Xen) -> Result<()> {
         stage = Some(Stage::set(arguments).context("make ready what the machines are made of")?);
         Ok(())
     });
-    if let Some(stage) = &stage {
+    if let Some(stage) = &stage
+        && arguments.measure
+    {
+        report.part("measure: what a request costs dom0", || measure::run(stage));
+    } else if let Some(stage) = &stage {
         GROUPS.iter().for_each(|group| run_group(stage, group, &mut report));
     }
     report.table();
