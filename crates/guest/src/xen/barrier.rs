@@ -10,6 +10,8 @@ use std::task::{Context, Poll, Waker};
 pub(crate) struct Barrier {
     /// Requests that change the disk, with the disk.
     changing: Cell<usize>,
+    /// Rings that have not taken again all that a predecessor had taken: before any barrier that one of them comes to.
+    behind: Cell<usize>,
     /// A ring has come to a barrier.
     is_up: Cell<bool>,
     waiting: RefCell<Vec<Waker>>,
@@ -39,6 +41,17 @@ impl Barrier {
         Changing(self)
     }
 
+    /// A ring has something to take again.
+    pub(crate) fn fall_behind(&self) {
+        self.behind.set(self.behind.get() + 1);
+    }
+
+    /// It has taken all of that, up to a barrier.
+    pub(crate) fn catch_up(&self) {
+        self.behind.set(self.behind.get() - 1);
+        self.tell();
+    }
+
     /// Whether no request may be taken.
     #[inline]
     pub(crate) fn is_up(&self) -> bool {
@@ -53,9 +66,9 @@ impl Barrier {
         self.is_up()
     }
 
-    /// Waits until no other barrier is up, lets nothing more be taken, and waits until no request changes the disk.
+    /// Waits until no other barrier is up and all rings have caught up, lets nothing more be taken, and waits until no request changes the disk.
     pub(crate) async fn raise(&self) -> Raised<'_> {
-        self.until(|| !self.is_up.get()).await;
+        self.until(|| !self.is_up.get() && self.behind.get() == 0).await;
         self.is_up.set(true);
         let raised = Raised(self);
         self.until(|| self.changing.get() == 0).await;

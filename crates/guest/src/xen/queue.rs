@@ -115,6 +115,11 @@ impl Queue {
         self.next.is_some() || !self.left.is_empty() || self.ring.has_news()
     }
 
+    /// Whether there is something that a predecessor has taken, and nobody since.
+    pub(crate) fn has_left(&self) -> bool {
+        !self.left.is_empty() || self.next.is_some_and(|next| next.slot.is_some())
+    }
+
     /// Asks the front end to ring, and looks once more.
     pub(crate) fn arm(&mut self) -> bool {
         self.ring.arm() || self.next.is_some() || !self.left.is_empty()

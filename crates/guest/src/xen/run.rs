@@ -64,6 +64,8 @@ pub(crate) struct Run {
     state: Cell<State>,
     /// The task waits for something other than news.
     is_waiting: Cell<bool>,
+    /// What a predecessor has taken is not all with the disk again: a barrier on another ring was taken later.
+    pub(super) is_behind: Cell<bool>,
     /// Somebody has news for the task.
     woken: Cell<bool>,
     /// The task has seen a barrier and looks once that is down.
@@ -138,6 +140,10 @@ impl Run {
     ) -> Rc<Run> {
         let mut flights = Vec::new();
         flights.resize_with(usize::from(queue.size()), Flight::default);
+        let is_behind = queue.has_left();
+        if is_behind {
+            common.barrier.fall_behind();
+        }
         let run = Rc::new(Run {
             index,
             handle: common.handle.clone(),
@@ -150,6 +156,7 @@ impl Run {
             account: common.budget.account(),
             state: Cell::new(State::Running),
             is_waiting: Cell::new(false),
+            is_behind: Cell::new(is_behind),
             woken: Cell::new(true),
             was_kept_out: Cell::new(false),
             task: RefCell::default(),
@@ -229,6 +236,13 @@ impl Run {
                     self.do_in_steps(*job, steps).await;
                 }
             }
+        }
+    }
+
+    /// What a predecessor has taken is with the disk again, but for a barrier at its end; or never will be.
+    pub(super) fn catch_up(&self) {
+        if self.is_behind.replace(false) {
+            self.common.barrier.catch_up();
         }
     }
 
@@ -486,6 +500,7 @@ impl Drop for EndOfServing<'_> {
         if std::thread::panicking() {
             self.0.fail(&Failure::Panicked);
         }
+        self.0.catch_up();
         self.0.ended.happen();
     }
 }

@@ -57,6 +57,9 @@ impl Run {
         let in_steps = jobs.pop_if(|job| job.steps.is_some());
         jobs.drain(..).for_each(|job| self.ask_disk(job));
         *self.jobs.borrow_mut() = jobs;
+        if self.is_behind.get() && (in_steps.is_some() || !self.queue.borrow().has_left()) {
+            self.catch_up();
+        }
         match in_steps {
             Some(job) => job.steps.map_or(turn, |steps| Turn::Steps(Box::new(job), steps)),
             None => turn,
@@ -71,6 +74,10 @@ impl Run {
                 return Turn::Done;
             }
             let mut queue = self.queue.borrow_mut();
+            if self.is_behind.get() && !queue.has_left() {
+                // Others may have come to a barrier before this ring's next requests were made.
+                return Turn::More;
+            }
             let needed = match queue.peek() {
                 Ok(Some(raw)) => request::memory(raw, terms),
                 Ok(None) => return Turn::Done,

@@ -201,6 +201,36 @@ fn a_barrier_that_waits_when_the_disk_is_left_is_done_by_the_successor_in_its_pl
 }
 
 #[test]
+fn after_a_death_a_barrier_waits_for_what_other_rings_have_to_do_again() {
+    run(|handle| async move {
+        let mut host = Host::new(&handle, DataPath::Auto);
+        let (mut front, mut other) = (host.front(1, 1), host.front(2, 1));
+        host.connect(&[&front, &other]).await;
+        host.disk.waits.set(true);
+        let pages = segs(&host.pages(&[7; PAGE], Access::Write));
+        other.ask(&front::request(host.abi, 1, 10, 0, &pages));
+        host.waiting(1).await;
+        front.ask(&front::request(host.abi, 2, 1, 8, &pages));
+        other.ask(&front::request(host.abi, 2, 11, 16, &pages));
+        host.quiet().await;
+        host.disk.take_asked();
+        host.kill().await;
+        // The first ring comes first, and begins with a barrier.
+        host.try_connect(&[&front, &other], Start::TakeOver).await.unwrap();
+        host.waiting(1).await;
+        host.quiet().await;
+        assert_eq!(host.disk.take_asked(), ["write 4096 at 0"]);
+        host.disk.waits.set(false);
+        host.disk.step_all();
+        assert_eq!(host.responses(&mut front, 1).await, [(1, 2, 0)]);
+        assert_eq!(host.responses(&mut other, 2).await, [(10, 1, 0), (11, 2, 0)]);
+        let expected = ["flush", "write 4096 at 4096 durably", "flush", "write 4096 at 8192 durably"];
+        assert_eq!(host.disk.take_asked(), expected);
+        host.leave(Parting::Tell).await;
+    });
+}
+
+#[test]
 fn a_barrier_that_is_half_done_when_the_disk_is_left_ends_as_was_said() {
     for (how, expected) in
         [(Parting::Leave, vec![]), (Parting::Tell, vec![(1, 2, -1)]), (Parting::Forget, vec![])]
