@@ -9,7 +9,6 @@ use ::xen::grants::{GrantRef, Grants, Mapping};
 use block::{Answer, Errno, Op, Payload, Reply, Request, Ticket};
 use runtime::{BoxFuture, Fd, Handle, join_all};
 
-use super::Settings;
 use super::barrier::Barrier;
 use super::data::Data;
 use super::journal::{Journal, JournalError, Shape};
@@ -19,6 +18,7 @@ use super::request::Terms;
 use super::ring::Ring;
 use super::run::{Failure, Run};
 use super::stats::Counts;
+use super::{OnFailedSync, Settings};
 use crate::budget::Budget;
 use crate::complaints::Complaints;
 use crate::signal::Signal;
@@ -112,6 +112,7 @@ pub(crate) struct Common {
     offered: Offered,
     name: String,
     complaints: Rc<Complaints>,
+    on_failed_sync: OnFailedSync,
     sync_failed: Rc<Signal>,
     /// Such a flush is under way.
     doubting: Cell<bool>,
@@ -132,8 +133,13 @@ impl Common {
         !self.offered.flush_cache && !self.offered.barrier
     }
 
-    /// Something failed that was to be durable. If that is because of a sync, none succeeds any more: a flush tells.
+    /// Something failed that was to be durable. If that is because of a sync, none succeeds any more: a flush tells. It is
+    /// asked for only where somebody is to hear of that.
     pub(super) fn doubt(self: &Rc<Self>) {
+        match self.on_failed_sync {
+            OnFailedSync::FailWrites => return,
+            OnFailedSync::Disconnect => {}
+        }
         if self.sync_failed.has_happened() || self.doubting.replace(true) {
             return;
         }
@@ -273,6 +279,7 @@ impl Device {
             offered: connection.offered,
             name: self.settings.name.clone(),
             complaints: self.complaints.clone(),
+            on_failed_sync: self.settings.on_failed_sync,
             sync_failed: self.sync_failed.clone(),
             doubting: Cell::new(false),
             session: self.disk.session(),
@@ -341,7 +348,7 @@ impl Device {
         &self.counts
     }
 
-    /// Ends when a sync of the disk has failed, now or before.
+    /// Ends when a sync of the disk has failed, now or before, where a guest's disk is to be taken away for that.
     pub(crate) async fn sync_failed(&self) {
         self.sync_failed.wait().await;
     }

@@ -803,6 +803,8 @@ fn a_failed_sync_is_told_to_who_waits_for_it() {
         run(move |handle| async move {
             let mut host = Host::new(&handle, DataPath::Auto);
             (host.offered.flush_cache, host.offered.barrier) = (offered, offered);
+            host.settings.on_failed_sync = OnFailedSync::Disconnect;
+            host.kill().await;
             let mut front = host.front(1, 1);
             host.connect(&[&front]).await;
             let pages = host.pages(&[7; PAGE], Access::Write);
@@ -830,6 +832,21 @@ fn a_failed_sync_is_told_to_who_waits_for_it() {
             host.leave(Parting::Tell).await;
         });
     }
+}
+
+#[test]
+fn a_disk_that_fails_a_flush_is_asked_for_no_other_where_nobody_would_hear_of_it() {
+    run(|handle| async move {
+        let host = Host::new(&handle, DataPath::Auto);
+        let mut front = host.front(1, 1);
+        host.connect(&[&front]).await;
+        host.disk.fails(|op| (op.kind() == OpKind::Flush).then_some(Errno::EIO));
+        front.ask(&front::request(host.abi, 3, 1, u64::MAX, &[]));
+        assert_eq!(host.responses(&mut front, 1).await, [(1, 3, -1)]);
+        host.quiet().await;
+        assert_eq!(host.disk.take_asked().len(), 1);
+        host.leave(Parting::Tell).await;
+    });
 }
 
 #[test]
