@@ -12,11 +12,13 @@ pub(crate) struct Places {
     pub(crate) uris: Vec<String>,
     /// To the front ends of guests.
     pub(crate) sockets: Vec<String>,
+    /// To guests of Xen, and how each of these is ended.
+    pub(crate) xen: Vec<(String, String)>,
 }
 
 /// Says what is served, how and where, and how to reach it.
 pub(crate) fn announce(disk: &Disk, how: &str, places: &Places) {
-    let Places { uris, sockets } = places;
+    let Places { uris, sockets, xen } = places;
     let mut text = format!("Serving {}: {}, {how}", disk.name(), size::show(disk.size()));
     if disk.limits().read_only {
         text.push_str(", read-only");
@@ -38,6 +40,9 @@ pub(crate) fn announce(disk: &Disk, how: &str, places: &Places) {
              -machine memory-backend=mem \\\n        -chardev socket,id=disk,path={socket},reconnect-ms=500 \
              -device vhost-user-blk-pci,chardev=disk"
         ));
+    }
+    for (guest, end) in xen {
+        text.push_str(&format!("\n    to  {guest}\n    end {end}"));
     }
     if !disk.size().is_multiple_of(512) {
         text.push_str("\nNote: the size is no multiple of 512 bytes: guests see less of it, or refuse it.");

@@ -1,5 +1,7 @@
 //! The command line: what the help, the man page and the completions are made from.
 
+pub(crate) mod xen;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use disk::OnError;
 use guest::listen::Address;
 use storage::filter::Rule;
 
+use self::xen::{Detach, XenOptions};
 use crate::size;
 
 /// Serve disk images to virtual machines and other clients, and tell them the truth about every error.
@@ -22,6 +25,7 @@ pub(crate) struct Cli {
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
     Serve(Box<Serve>),
+    Detach(Detach),
     /// Print the completions for a shell
     Completions {
         /// Which shell
@@ -63,9 +67,9 @@ pub(crate) struct Serve {
 
     /// Where to serve it by NBD: `unix:PATH` or `tcp:ADDRESS:PORT`. May be given several times
     ///
-    /// Without it and without `--vhost-user`: a unix socket named after the image, in $XDG_RUNTIME_DIR, in /run for root, else in the current
-    /// directory. Sockets are for this user alone (mode 0600), one that a dead server left is replaced, one in use is
-    /// refused.
+    /// Without it, `--vhost-user` and `--xen`: a unix socket named after the image, in $XDG_RUNTIME_DIR, in /run for
+    /// root, else in the current directory. Sockets are for this user alone (mode 0600), one that a dead server left is
+    /// replaced, one in use is refused.
     #[arg(long, value_name = "ADDRESS", value_parser = Address::from_str)]
     pub(crate) nbd: Vec<Address>,
 
@@ -81,11 +85,12 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) vhost_user: Vec<PathBuf>,
 
-    /// How many queues a guest may have on a `--vhost-user` disk; QEMU asks for one for each of the guest's processors
-    #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub(crate) queues: u16,
+    /// How many queues a guest may have on a `--vhost-user` or `--xen` disk [default: 64 and 4]. QEMU asks for one for
+    /// each of the guest's processors, Linux on Xen too, but for no more than 4
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) queues: Option<u16>,
 
-    /// Bytes of a logical block as `--vhost-user` guests see it. A disk that was partitioned with one size is of no use
+    /// Bytes of a logical block as `--vhost-user` and `--xen` guests see it. A disk that was partitioned with one size is of no use
     /// with the other
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = block_size)]
     pub(crate) block_size: u32,
@@ -123,7 +128,8 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "RULE", value_parser = Rule::from_str)]
     pub(crate) fault: Vec<Rule>,
 
-    /// Where to record that a sync has failed, for the process that serves the image after a crash of this one
+    /// Where to record that a sync has failed, and what guests of `--xen` have under way, for the process that serves
+    /// the image after a crash of this one
     /// [default: /run/tapdisk for root, else $XDG_RUNTIME_DIR/tapdisk]
     ///
     /// Linux tells of lost data once. An image of which a sync has failed takes no write or flush any more until
@@ -131,7 +137,8 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
     pub(crate) state_dir: Option<PathBuf>,
 
-    /// How much memory the data of all clients' requests may take up together
+    /// How much memory the data of all clients' requests may take up together. Each disk of a guest of Xen has a share of
+    /// it, and NBD clients have one; none is less than 64M
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = memory)]
     pub(crate) memory: u64,
 
@@ -142,6 +149,9 @@ pub(crate) struct Serve {
     /// How the log is written to standard error; RUST_LOG chooses what is logged, as in RUST_LOG=debug
     #[arg(long, value_enum, default_value_t = Log::Text)]
     pub(crate) log: Log,
+
+    #[command(flatten)]
+    pub(crate) xen: XenOptions,
 }
 
 const EXAMPLES: &str = "\
@@ -152,6 +162,9 @@ Examples:
       tapdisk serve /dev/vg/guest --nbd unix:/run/guest.sock --on-enospc hold
   A disk for a QEMU guest, by vhost-user:
       tapdisk serve disk.raw --vhost-user /run/guest.sock
+  A second disk for the running guest 3 of Xen, and its end:
+      tapdisk serve disk.raw --xen 3:xvdb --create-nodes
+      tapdisk detach 3:xvdb
   Sectors 1000 to 1007 cannot be read:
       tapdisk serve disk.raw --fault read:EIO:1000s..1008s
 ";
@@ -243,8 +256,8 @@ fn block_size(text: &str) -> Result<u32, String> {
     }
 }
 
-/// The least that lets the largest request (32 MiB) through beside others.
-const MEMORY_MIN: u64 = 64 << 20;
+/// The least that lets the largest request (32 MiB) through beside others, in bytes: `guest::budget` uses no less.
+pub(crate) const MEMORY_MIN: u64 = 64 << 20;
 
 fn memory(text: &str) -> Result<u64, String> {
     let bytes = size::parse(text)?;
@@ -255,7 +268,7 @@ fn memory(text: &str) -> Result<u64, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use clap::CommandFactory;
 
     use super::*;
@@ -265,11 +278,13 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    fn serve(words: &[&str]) -> Result<Serve, String> {
+    pub(crate) fn serve(words: &[&str]) -> Result<Serve, String> {
         let words = ["tapdisk", "serve"].iter().chain(words);
         match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
             Command::Serve(serve) => Ok(*serve),
-            other @ (Command::Completions { .. } | Command::Man { .. }) => Err(format!("{other:?}")),
+            other @ (Command::Detach(_) | Command::Completions { .. } | Command::Man { .. }) => {
+                Err(format!("{other:?}"))
+            }
         }
     }
 

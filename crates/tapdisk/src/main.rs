@@ -6,6 +6,7 @@ mod logging;
 mod serve;
 mod size;
 mod state;
+mod xen;
 
 use std::io::Write;
 use std::path::Path;
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Serve(arguments) => serve::run(&arguments),
+        Command::Detach(arguments) => xen::detach(&arguments),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tapdisk", &mut text);

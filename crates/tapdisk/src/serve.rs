@@ -18,11 +18,14 @@ use storage::file::{self, File, OpenError, Opened, Options, Record};
 use storage::{Null, Ram, Storage};
 
 use crate::announce::{Places, announce};
-use crate::cli::{Cache, Image, Ring, Serve};
+use crate::cli::{Cache, Image, MEMORY_MIN, Ring, Serve};
+use crate::xen::Guests;
 use crate::{logging, size, state};
 
 /// Memory for requests that the kernel is told of once (registered buffers).
 const ARENA: usize = 16 << 20;
+/// How many queues a guest by vhost-user may have, if nobody says.
+const QUEUES: u16 = 64;
 /// How long a restart waits for the process before it to let go of the image.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 
@@ -31,6 +34,8 @@ enum Message {
     Stop,
     LogState,
     Grow,
+    /// A guest of Xen has no disk of ours any more; why, if that is not as it should be.
+    GuestEnded(Option<String>),
 }
 
 /// Serves until told to stop.
@@ -99,6 +104,8 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     let uring = Uring::open(ring_flags(arguments.ring), &pool)?;
     let runtime = Runtime::new(Box::new(uring), pool);
     let handle = runtime.handle().clone();
+    // Before the image is opened: where there is no Xen, nothing has been touched.
+    let guests = Guests::find(&arguments.xen)?;
     let contents = open(&runtime, arguments)?;
     let mut listeners = Vec::new();
     for address in addresses(arguments)? {
@@ -115,10 +122,11 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         read_only: arguments.read_only,
         policy: Policy { on_error: arguments.on_error, on_enospc: arguments.on_enospc },
     };
-    let settings = Settings { memory: arguments.memory as usize, ..Settings::default() };
+    let memory = share_of_memory(arguments, guests.count(), !listeners.is_empty())?;
+    let settings = Settings { memory, ..Settings::default() };
     let front_settings = vhost::Settings {
         name: arguments.image.name(),
-        queues: arguments.queues,
+        queues: arguments.queues.unwrap_or(QUEUES),
         block: arguments.block_size,
         id: arguments.image.name(),
         pin_memory: arguments.pin_guest_memory,
@@ -126,27 +134,35 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     let places = Places {
         uris: listeners.iter().map(|listener| listener.uri(&arguments.export)).collect(),
         sockets: front_doors.iter().map(ToString::to_string).collect(),
+        xen: guests.places(&arguments.xen),
     };
+    let guests = guests.prepare(arguments, memory)?;
+    let others = !listeners.is_empty() || !front_doors.is_empty();
     let export = arguments.export.clone();
     let (disk, how, record) = (Disk::new(&handle, chain, config), contents.how, contents.record);
     runtime.block_on(async move {
-        let exports = Exports::one(&export, disk.name(), Rc::new(disk.clone()))?;
+        let served: Rc<dyn guest::Disk> = Rc::new(disk.clone());
+        let exports = Exports::one(&export, disk.name(), served.clone())?;
         let server = Server::new(handle.clone(), exports, settings);
         listeners.into_iter().for_each(|listener| server.listen(listener));
-        let guests = vhost::Server::new(handle, Rc::new(disk.clone()), front_settings);
-        front_doors.into_iter().for_each(|listener| guests.listen(listener));
-        announce(&disk, &how, &places);
-        loop {
-            match mailbox.receive().await {
-                Message::LogState => disk.log_state(),
-                // A task of its own: storage that hangs must not keep the order to stop from being heard.
-                Message::Grow => disk.handle().spawn(grow(disk.clone())),
-                Message::Stop => break,
+        let front_ends = vhost::Server::new(handle.clone(), served.clone(), front_settings);
+        front_doors.into_iter().for_each(|listener| front_ends.listen(listener));
+        let messages = mailbox.sender();
+        let (guests, started) = guests.start(&handle, &served, move |why| messages.send(Message::GuestEnded(why)));
+        let failed = match started {
+            Ok(()) => {
+                announce(&disk, &how, &places);
+                until_over(&disk, &mut mailbox, guests.len(), others).await
             }
-        }
-        tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
+            Err(error) => Some(format!("{error:#}")),
+        };
         // Guests first: what is held for one stays with it for whoever serves it next.
-        let guests_live_on = guests.drain().await;
+        let mut guests_live_on = front_ends.drain().await;
+        for guest in guests {
+            guests_live_on |= guest.drain().await;
+        }
+        // One that was lost hold of waits for the next process, as far as can be told from here.
+        guests_live_on |= failed.is_some();
         disk.give_up_held();
         server.drain().await;
         let flushed = disk.close().await;
@@ -161,8 +177,55 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
                 "stays poisoned, since a guest lives on: shut the guest down, then stop and start tapdisk once more"
             );
         }
-        flushed.context("data that clients were told is written may be lost")
+        flushed.context("data that clients were told is written may be lost")?;
+        failed.map_or(Ok(()), |why| Err(anyhow::anyhow!(why)))
     })
+}
+
+/// Returns when it is to stop: told so, or when the last of so many guests of Xen has gone and there are no `others`. It
+/// gives the reason of the first guest that ended out of order.
+async fn until_over(
+    disk: &Disk,
+    mailbox: &mut Mailbox<Message>,
+    mut guests: usize,
+    others: bool,
+) -> Option<String> {
+    let mut failed = None;
+    loop {
+        match mailbox.receive().await {
+            Message::LogState => disk.log_state(),
+            // A task of its own: storage that hangs must not keep the order to stop from being heard.
+            Message::Grow => disk.handle().spawn(grow(disk.clone())),
+            Message::Stop => {
+                tracing::info!(disk = disk.name(), "told to stop: answers what it has taken, then flushes");
+                return failed;
+            }
+            Message::GuestEnded(why) => {
+                guests = guests.saturating_sub(1);
+                if let Some(why) = &why {
+                    tracing::error!(disk = disk.name(), why, "a guest is not served any more");
+                }
+                failed = failed.or(why);
+                if guests == 0 && !others {
+                    tracing::info!(disk = disk.name(), "nobody is left to be served: flushes, then ends");
+                    return failed;
+                }
+            }
+        }
+    }
+}
+
+/// Bytes for the data of NBD clients, and for that of each disk of a guest of Xen.
+fn share_of_memory(arguments: &Serve, guests: usize, nbd: bool) -> anyhow::Result<usize> {
+    let parts = (guests + usize::from(nbd)).max(1) as u64;
+    let share = arguments.memory / parts;
+    if share < MEMORY_MIN {
+        let (memory, needed) = (size::show(arguments.memory), size::show(MEMORY_MIN * parts));
+        anyhow::bail!(
+            "--memory {memory} is too little: {needed} are needed, 64M for each disk of Xen and for NBD clients"
+        );
+    }
+    Ok(share as usize)
 }
 
 /// Takes in what was added to the image, and logs what came of it.
@@ -256,7 +319,7 @@ fn describe(opened: &Opened, arguments: &Serve) -> String {
 
 /// Where to listen: what was asked for, else a socket named after the image where this user's sockets are.
 fn addresses(arguments: &Serve) -> anyhow::Result<Vec<Address>> {
-    if !arguments.nbd.is_empty() || !arguments.vhost_user.is_empty() {
+    if !(arguments.nbd.is_empty() && arguments.vhost_user.is_empty() && arguments.xen.disks.is_empty()) {
         return arguments.nbd.iter().map(absolute).collect();
     }
     let directory = match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
@@ -274,4 +337,65 @@ fn absolute(address: &Address) -> anyhow::Result<Address> {
         Address::Unix(path) => Address::Unix(std::path::absolute(path)?),
         Address::Tcp { .. } => address.clone(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What ends a disk that has so many guests of Xen, and maybe others, when so many of these end; and what has failed.
+    fn end(guests: usize, others: bool, ended: &[Option<&str>]) -> (&'static str, Option<String>) {
+        let pool = Pool::new(1 << 16);
+        let runtime = Runtime::new(Box::new(Uring::open(RingFlags::Auto, &pool).unwrap()), pool);
+        let config = Config { name: "disk".into(), read_only: false, policy: Policy::default() };
+        let disk = Disk::new(runtime.handle(), Rc::new(Ram::new(1 << 20)), config);
+        let mut mailbox = Mailbox::default();
+        let sender = mailbox.sender();
+        for why in ended {
+            sender.send(Message::GuestEnded(why.map(str::to_owned)));
+        }
+        [Message::Stop, Message::LogState].into_iter().for_each(|message| sender.send(message));
+        runtime.block_on(async move {
+            let failed = until_over(&disk, &mut mailbox, guests, others).await;
+            let ended = match mailbox.receive().await {
+                Message::LogState => "told to stop",
+                Message::Stop => "the last guest",
+                Message::GuestEnded(_) | Message::Grow => "a guest that was not the last",
+            };
+            (ended, failed)
+        })
+    }
+
+    #[test]
+    fn it_ends_with_its_last_guest_unless_others_are_served() {
+        assert_eq!(end(2, false, &[None, None]), ("the last guest", None));
+        assert_eq!(end(2, false, &[None]), ("told to stop", None));
+        assert_eq!(end(0, false, &[]), ("told to stop", None));
+        assert_eq!(end(1, true, &[None]), ("told to stop", None));
+    }
+
+    #[test]
+    fn what_ended_a_guest_out_of_order_is_known_in_the_end() {
+        let lost = || Some("the store is lost".to_owned());
+        assert_eq!(end(3, false, &[None, Some("the store is lost"), None]), ("the last guest", lost()));
+        assert_eq!(end(2, false, &[Some("the store is lost"), Some("too")]), ("the last guest", lost()));
+        assert_eq!(end(1, true, &[Some("the store is lost")]), ("told to stop", lost()));
+    }
+
+    #[test]
+    fn memory_is_shared_and_a_share_too_small_for_anything_is_refused() {
+        let share = |words: &[&str], guests, nbd| {
+            let serve = crate::cli::tests::serve(&[&["disk"], words].concat()).unwrap();
+            share_of_memory(&serve, guests, nbd).map_err(|error| error.to_string())
+        };
+        assert_eq!(share(&[], 0, true), Ok(256 << 20));
+        assert_eq!(share(&[], 0, false), Ok(256 << 20));
+        assert_eq!(share(&[], 1, false), Ok(256 << 20));
+        assert_eq!(share(&[], 3, true), Ok(64 << 20));
+        assert_eq!(share(&["--memory", "1G"], 16, false), Ok(64 << 20));
+        let error = share(&["--memory", "64M"], 1, true).unwrap_err();
+        assert!(error.contains("128 MiB are needed"), "{error}");
+        let error = share(&[], 5, false).unwrap_err();
+        assert!(error.contains("--memory 256 MiB is too little: 320 MiB are needed"), "{error}");
+    }
 }

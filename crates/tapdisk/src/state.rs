@@ -1,5 +1,7 @@
 //! Where it is kept, outside of the process, what a successor must know.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -23,6 +25,18 @@ pub(crate) fn records(asked: Option<&PathBuf>) -> anyhow::Result<Option<Records>
         "a failed sync cannot be recorded for the next process; --state-dir says where it can"
     );
     Ok(None)
+}
+
+/// The directory for what guests have under way. Without one nobody could take over, so there has to be one.
+pub(crate) fn journals(asked: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
+    let directory = directory(asked).map_err(|why| {
+        anyhow::anyhow!("{why}: --state-dir must say where to keep what guests have under way")
+    })?;
+    let made = std::path::absolute(&directory).and_then(|directory| {
+        DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+        Ok(directory)
+    });
+    made.with_context(|| format!("cannot use {}", directory.display()))
 }
 
 /// The directory that was asked for, else where this user's running programs keep such things; why there is none.

@@ -219,6 +219,9 @@ fn bad_arguments_are_refused_in_words() {
         (&["serve", "ram:8M", "--memory", "1M"], "too little"),
         (&["serve", "null:0"], "makes no disk"),
         (&["serve", "x", "--format", "qcow9"], "raw"),
+        (&["serve", "ram:8M", "--xen", "3:sda16"], "beyond the last partition"),
+        (&["serve", "ram:8M", "--create-nodes"], "--xen <DOMAIN:VDEV>"),
+        (&["detach", "xvdb"], "is not DOMAIN:VDEV"),
         (&["server"], "serve"),
     ] {
         let why = refused(words);
@@ -234,7 +237,7 @@ fn help_version_completions_and_man_page_come_from_the_program() {
         String::from_utf8(stdout).unwrap()
     };
     assert_eq!(said(&["--version"]).trim(), format!("tapdisk {}", env!("CARGO_PKG_VERSION")));
-    for option in ["--on-enospc", "--cache", "--create", "--memory", "--allow-remote"] {
+    for option in ["--on-enospc", "--cache", "--create", "--memory", "--allow-remote", "--xen-features"] {
         assert!(said(&["serve", "--help"]).contains(option), "{option}");
         assert!(said(&["completions", "bash"]).contains(option), "{option}");
     }
@@ -243,6 +246,8 @@ fn help_version_completions_and_man_page_come_from_the_program() {
     said(&["man", "--directory", pages.path().to_str().unwrap()]);
     let page = std::fs::read_to_string(pages.path().join("tapdisk-serve.1")).unwrap();
     assert!(page.contains("on\\-enospc"), "{page}");
+    let page = std::fs::read_to_string(pages.path().join("tapdisk-detach.1")).unwrap();
+    assert!(page.contains("DOMAIN:VDEV"), "{page}");
 }
 
 #[test]

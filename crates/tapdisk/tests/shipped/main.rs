@@ -14,3 +14,4 @@ mod protocol;
 mod server;
 mod table;
 mod takeover;
+mod xen;
