@@ -18,7 +18,7 @@ use super::device::{Connection, Offered, Parting, Start};
 use super::negotiate::{self, ORDER_MAX, Quoted, Terms, negotiate, number};
 use super::nodes::{self, Nodes, State};
 use super::situation::{Said, Situation, Step, judge};
-use super::{Features, OnFailedSync, Settings};
+use super::{DataPath, Features, OnFailedSync, Settings};
 use crate::complaints::Complaints;
 
 /// Segments of an indirect request that are offered: 1 MiB, as Linux's back end does.
@@ -55,8 +55,8 @@ pub enum End {
 
 /// The rings, as this thread sees them: each call waits until it is done.
 pub(super) trait Rings {
-    /// Serves what a front end and we have agreed on.
-    fn connect(&mut self, connection: Connection) -> Result<(), String>;
+    /// Serves what a front end and we have agreed on. How many bytes the disk has from then on.
+    fn connect(&mut self, connection: Connection) -> Result<u64, String>;
 
     /// Serves it no more. Nothing of the guest is in use afterwards.
     fn disconnect(&mut self, how: Parting);
@@ -117,6 +117,13 @@ impl Orderer {
         if let Err(errno) = rustix::io::write(&self.bell, &1_u64.to_ne_bytes()) {
             tracing::debug!(%errno, "the bell rings already");
         }
+    }
+}
+
+/// Without the disk's thread there is nothing to attend to.
+impl Drop for Orderer {
+    fn drop(&mut self) {
+        self.give(Order::Stop);
     }
 }
 
@@ -439,7 +446,8 @@ impl<R: Rings> Control<R> {
                     );
                     self.disconnect(if waits { Parting::Tell } else { Parting::Forget });
                     self.leave(client, nodes)?;
-                    return Ok((Some(End::Detached), None));
+                    let end = if self.is_retired { retired() } else { End::Detached };
+                    return Ok((Some(end), None));
                 }
                 Step::Bury => {
                     self.disconnect(Parting::Forget);
@@ -516,7 +524,7 @@ impl<R: Rings> Control<R> {
     fn connect(&mut self, client: &mut Client, nodes: &Nodes) -> Result<(), Failure> {
         self.disconnect(Parting::Forget);
         let features = self.settings.features;
-        let terms = self.terms(client, nodes, features.persistent)?;
+        let terms = self.terms(client, nodes, self.offers_persistence())?;
         let agreed = match negotiate(&terms, |key| client.now().read(&nodes.front(key)))? {
             Ok(agreed) => agreed,
             Err(wrong) => return self.refuse(client, nodes, &wrong.to_string()),
@@ -533,16 +541,22 @@ impl<R: Rings> Control<R> {
         let (rings, pages) =
             (connection.rings.len(), connection.rings.first().map_or(0, |ring| ring.refs.len()));
         let (abi, persistent) = (connection.abi, connection.persistent);
-        if let Err(error) = self.rings.connect(connection) {
-            return self.refuse(client, nodes, &error);
+        match self.rings.connect(connection) {
+            Ok(size) => self.connected(size),
+            Err(error) => return self.refuse(client, nodes, &error),
         }
-        self.is_connected = true;
         let values = self.values(client, nodes, &offered)?;
         self.put(client, nodes, &values, State::Connected)?;
         self.complain(|untold| {
             tracing::info!(rings, pages, ?abi, persistent, untold, "the guest is connected");
         });
         Ok(())
+    }
+
+    fn connected(&mut self, size: u64) {
+        self.is_connected = true;
+        // Word of its growth may still be on the way.
+        self.shape.size = self.shape.size.max(size);
     }
 
     /// What the front end wrote makes no sense: it may close, and try again.
@@ -583,7 +597,7 @@ impl<R: Rings> Control<R> {
             ("feature-barrier", flag(offered.barrier)),
             ("feature-flush-cache", flag(offered.flush_cache)),
             ("feature-discard", flag(offered.discard)),
-            ("feature-persistent", flag(self.settings.features.persistent)),
+            ("feature-persistent", flag(self.offers_persistence())),
             ("feature-max-indirect-segments", offered.indirect.to_string()),
             ("hotplug-status", "connected".to_owned()),
             ("kthread-pid", std::process::id().to_string()),
@@ -599,6 +613,11 @@ impl<R: Rings> Control<R> {
         }
         self.sectors_told = sectors;
         Ok(values)
+    }
+
+    /// A front end that keeps its grants copies all bytes through them. Only who maps them has something of it.
+    fn offers_persistence(&self) -> bool {
+        self.settings.features.persistent && self.settings.data == DataPath::Map
     }
 
     /// The disk's size in the unit of `sectors`, whole blocks only.
@@ -637,8 +656,8 @@ impl<R: Rings> Control<R> {
         let agreed = negotiate(&terms, |key| client.now().read(&nodes.front(key)))?
             .map_err(|wrong| not_taken_over(&wrong.to_string()))?;
         let connection = self.connection(agreed, offered, Start::TakeOver);
-        self.rings.connect(connection).map_err(|error| not_taken_over(&error))?;
-        self.is_connected = true;
+        let size = self.rings.connect(connection).map_err(|error| not_taken_over(&error))?;
+        self.connected(size);
         self.has_offered = true;
         self.settings.block = block;
         self.sectors_told = told;
@@ -695,6 +714,11 @@ impl<R: Rings> Control<R> {
             say(untold);
         }
     }
+}
+
+fn retired() -> End {
+    let what = "a sync of the image has failed, and the disk was taken from the guest, as was asked for";
+    End::Failed(what.into())
 }
 
 fn not_taken_over(why: &str) -> Failure {

@@ -33,6 +33,7 @@ pub enum StartError {
 pub struct Server(Rc<Shared>);
 
 struct Shared {
+    disk: Rc<dyn Disk>,
     device: Rc<Device>,
     orders: Orderer,
     /// Set when nothing is to be connected any more.
@@ -49,7 +50,7 @@ struct Shared {
 enum Job {
     Connect {
         connection: Connection,
-        done: SyncSender<Result<(), String>>,
+        done: SyncSender<Result<u64, String>>,
     },
     Disconnect {
         how: Parting,
@@ -90,6 +91,7 @@ impl Server {
         let settings = Rc::new(settings);
         let shared = Rc::new(Shared {
             device: Device::new(handle, disk.clone(), grants, events, settings.clone()),
+            disk,
             orders: orderer,
             closing: Signal::default(),
             drained: Signal::default(),
@@ -98,7 +100,7 @@ impl Server {
             end: RefCell::default(),
         });
         handle.spawn(shared.clone().serve(jobs));
-        handle.spawn(shared.clone().tell_size(disk));
+        handle.spawn(shared.clone().tell_size());
         match settings.on_failed_sync {
             OnFailedSync::FailWrites => {}
             OnFailedSync::Disconnect => handle.spawn(shared.clone().tell_failed_sync()),
@@ -168,7 +170,7 @@ impl Shared {
         match job {
             Job::Connect { connection, done } => {
                 let connected = self.device.connect(connection).await;
-                answer(&done, connected.map_err(|error| error.to_string()));
+                answer(&done, connected.map(|()| self.disk.size()).map_err(|error| error.to_string()));
             }
             Job::Disconnect { how, done } => {
                 self.device.disconnect(how).await;
@@ -178,11 +180,11 @@ impl Shared {
         }
     }
 
-    async fn tell_size(self: Rc<Self>, disk: Rc<dyn Disk>) {
+    async fn tell_size(self: Rc<Self>) {
         loop {
-            let resized = disk.resized();
+            let resized = self.disk.resized();
             // Also what has changed since the start, and between two waits.
-            self.orders.give(Order::Resized(disk.size()));
+            self.orders.give(Order::Resized(self.disk.size()));
             if self.ended.or(resized).await.is_none() {
                 return;
             }
@@ -225,7 +227,7 @@ fn answer<T>(done: &SyncSender<T>, with: T) {
 struct Remote(Sender<Job>);
 
 impl Rings for Remote {
-    fn connect(&mut self, connection: Connection) -> Result<(), String> {
+    fn connect(&mut self, connection: Connection) -> Result<u64, String> {
         let (done, answer) = sync_channel(1);
         self.0.send(Job::Connect { connection, done });
         answer.recv().unwrap_or_else(|_| Err("the disk's thread has ended".into()))

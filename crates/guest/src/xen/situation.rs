@@ -83,21 +83,23 @@ pub(crate) fn judge(situation: &Situation) -> Step {
         Said::Nonsense => State::Reconfigured,
         Said::State(state) => state,
     };
-    if !situation.online && is_let_go(back, front) {
+    let is_to_go = !situation.online || situation.retired;
+    if is_to_go && is_let_go(back, front) {
         return Step::Detach;
     }
     match back {
         // Where a toolstack begins.
-        State::Initialising => if_not_retired(situation, Step::Offer),
+        State::Initialising => unless_retired(situation, Step::Offer),
         State::InitWait | State::Initialised => match front {
             State::Initialising | State::InitWait if !situation.offered => {
-                if_not_retired(situation, Step::Offer)
+                unless_retired(situation, Step::Offer)
             }
+            State::Initialising | State::InitWait => unless_retired(situation, Step::Wait),
             // Connected: two changes in one, of which the first was missed.
-            State::Initialised | State::Connected => if_not_retired(situation, Step::Connect),
+            State::Initialised | State::Connected => unless_retired(situation, Step::Connect),
             State::Closing => Step::Close,
             State::Closed => Step::Closed,
-            State::Initialising | State::InitWait | State::Reconfiguring | State::Reconfigured => Step::Wait,
+            State::Reconfiguring | State::Reconfigured => Step::Wait,
         },
         State::Connected => match front {
             State::Initialised | State::Connected if !situation.connected => Step::TakeOver,
@@ -124,7 +126,7 @@ pub(crate) fn judge(situation: &Situation) -> Step {
         },
         State::Closed if situation.connected => Step::Closed,
         State::Closed => match front {
-            State::Initialising => if_not_retired(situation, Step::Offer),
+            State::Initialising => unless_retired(situation, Step::Offer),
             State::InitWait
             | State::Initialised
             | State::Connected
@@ -134,7 +136,7 @@ pub(crate) fn judge(situation: &Situation) -> Step {
             | State::Reconfigured => Step::Wait,
         },
         State::Reconfiguring | State::Reconfigured if situation.connected || situation.offered => Step::Wait,
-        State::Reconfiguring | State::Reconfigured => if_not_retired(situation, Step::Offer),
+        State::Reconfiguring | State::Reconfigured => unless_retired(situation, Step::Offer),
     }
 }
 
@@ -153,8 +155,8 @@ fn is_let_go(back: State, front: State) -> bool {
     }
 }
 
-fn if_not_retired(situation: &Situation, step: Step) -> Step {
-    if situation.retired { Step::Wait } else { step }
+fn unless_retired(situation: &Situation, step: Step) -> Step {
+    if situation.retired { Step::Close } else { step }
 }
 
 #[cfg(test)]
@@ -288,8 +290,23 @@ mod tests {
                 assert!(!matches!(step, Step::Offer | Step::Connect), "{back} {front}: {step:?}");
             }
         }
-        let served = Situation { retired: true, connected: true, ..at(4, 4) };
-        assert_eq!(judge(&served), Step::Close);
+        // It is taken away: asked to close, and when it has, all ends.
+        let connected = true;
+        for (back, front, step) in [
+            (2, 1, Step::Close),
+            (2, 3, Step::Close),
+            (4, 4, Step::Close),
+            (5, 1, Step::Detach),
+            (5, 4, Step::Wait),
+            (5, 6, Step::Detach),
+            (6, 6, Step::Detach),
+        ] {
+            assert_eq!(
+                judge(&Situation { retired: true, connected, ..at(back, front) }),
+                step,
+                "{back} {front}"
+            );
+        }
     }
 
     /// Whatever the front end writes, our steps come to an end: none leads back to where it was taken.

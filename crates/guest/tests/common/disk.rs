@@ -78,11 +78,27 @@ pub(crate) fn byte_at(at: u64) -> u8 {
     (at ^ (at >> 8) ^ (at >> 16)) as u8 | 1
 }
 
+/// What a fresh disk holds here.
+pub(crate) fn fresh(at: u64, len: usize) -> Vec<u8> {
+    (at..at + len as u64).map(byte_at).collect()
+}
+
 impl Scripted {
     pub(crate) fn new(handle: Handle, size: usize, read_only: bool, script: Script, log: Log) -> Scripted {
+        Scripted::with(handle, fresh(0, size), read_only, script, log)
+    }
+
+    /// A disk that holds this.
+    pub(crate) fn with(
+        handle: Handle,
+        bytes: Vec<u8>,
+        read_only: bool,
+        script: Script,
+        log: Log,
+    ) -> Scripted {
         Scripted(Rc::new(Inner {
             handle,
-            bytes: RefCell::new((0..size as u64).map(byte_at).collect()),
+            bytes: RefCell::new(bytes),
             limits: Limits { align: 512, preferred: 4096, read_only, fast_zero: true },
             script: RefCell::new(script),
             log,
@@ -92,10 +108,23 @@ impl Scripted {
         }))
     }
 
+    /// What it holds.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.bytes.borrow().clone()
+    }
+
     /// Lets it have so many bytes, the new ones zeroes.
     pub(crate) fn grow(&self, size: usize) {
         self.0.bytes.borrow_mut().resize(size, 0);
         self.0.waiting.take().into_iter().for_each(Waker::wake);
+    }
+
+    /// Does what storage works on.
+    pub(crate) fn release_stuck(&self) {
+        let stuck: Vec<Kept> = self.0.kept.borrow_mut().extract_if(.., |kept| kept.held.is_none()).collect();
+        for kept in stuck {
+            self.0.perform(kept.request);
+        }
     }
 
     /// Does what storage works on and what is held.

@@ -27,6 +27,11 @@ impl Line {
         self.backends.is_some()
     }
 
+    /// The back end is gone.
+    pub(super) fn unbind(&mut self) {
+        self.backends = None;
+    }
+
     /// Rings for the back end. Nobody hears it if none is there.
     pub(super) fn ring(&self) {
         if let Some(bell) = &self.backends {

@@ -129,11 +129,12 @@ impl Granted {
         body.memory.mapped.fetch_add(refs.len(), Ordering::Relaxed);
         let (birth, memory) = (body.birth, body.memory.clone());
         state.counts.mapped += refs.len();
+        let deaths = state.deaths;
         drop(state);
         let start = view.start();
         let clear = farewell.clear.map(|at| pages[at / PAGE] * PAGE + at % PAGE);
         let (world, len) = (self.world.clone(), refs.len());
-        let mapped = Mapped { view: Some(view), world, domain, birth, refs, memory, clear, bell };
+        let mapped = Mapped { view: Some(view), world, deaths, domain, birth, refs, memory, clear, bell };
         // SAFETY: the pages are mapped one after the other from there on, until `mapped` is dropped, and only their
         // address is shared.
         Ok(unsafe { Mapping::new(start, len, Box::new(mapped)) })
@@ -241,6 +242,8 @@ impl Drop for View {
 struct Mapped {
     view: Option<View>,
     world: Arc<Shared>,
+    /// How often back ends had died before.
+    deaths: u64,
     domain: Domain,
     birth: u64,
     refs: Vec<u32>,
@@ -254,6 +257,9 @@ struct Mapped {
 impl Drop for Mapped {
     fn drop(&mut self) {
         drop(self.view.take());
+        if self.world.lock().deaths != self.deaths {
+            return;
+        }
         if let Some(at) = self.clear {
             self.memory.write(at, &[0]);
         }

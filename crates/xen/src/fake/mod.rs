@@ -17,7 +17,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use block::Errno;
 
@@ -89,6 +89,10 @@ struct State {
     ends: u32,
     /// What a back end's end rings, by its number.
     bells: BTreeMap<u32, Arc<OwnedFd>>,
+    /// How often the processes of all back ends have died.
+    deaths: u64,
+    /// Of all domains that ever were.
+    memories: Vec<Weak<Memory>>,
     counts: Counts,
     script: Option<Script>,
     done: BTreeMap<Deed, u64>,
@@ -155,6 +159,7 @@ impl World {
         let mut state = self.0.lock();
         state.born += 1;
         let birth = state.born;
+        state.memories.push(Arc::downgrade(&memory));
         let (grants, free_grants, next_grant) = (BTreeMap::new(), Vec::new(), RESERVED);
         let ports = BTreeMap::new();
         let body = Body { birth, memory: memory.clone(), grants, free_grants, next_grant, ports };
@@ -171,6 +176,22 @@ impl World {
         if let Some(body) = state.domains.remove(&domain) {
             state.counts.bound -= body.ports.values().filter(|line| line.is_bound()).count();
         }
+    }
+
+    /// The processes of all back ends die: what they have mapped and bound is let go of, as their kernel does it, but
+    /// without farewells. Whatever is left of them in this process must do nothing any more; dropping it is nothing.
+    pub fn kill_back_ends(&self) {
+        let mut state = self.0.lock();
+        state.deaths += 1;
+        state.bells.clear();
+        for body in state.domains.values_mut() {
+            body.ports.values_mut().for_each(events::Line::unbind);
+            body.grants.values_mut().for_each(|grant| grant.mapped = 0);
+        }
+        for memory in state.memories.iter().filter_map(Weak::upgrade) {
+            memory.mapped.store(0, Ordering::Relaxed);
+        }
+        (state.counts.mapped, state.counts.bound) = (0, 0);
     }
 
     /// Its domains' memory, as the one domain sees it that all grants are for.

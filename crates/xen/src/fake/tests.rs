@@ -237,3 +237,27 @@ fn a_farewell_is_said_when_pages_are_unmapped() {
     assert_eq!(map(Farewell { clear: None, ring: of_nobody }).unwrap_err(), Errno::EINVAL);
     assert_eq!(world.counts().mapped, 0);
 }
+
+#[test]
+fn a_back_end_that_is_killed_lets_go_of_everything_and_its_remains_do_nothing() {
+    let world = World::new();
+    let guest = world.domain(GUEST, 2);
+    let refs = [0, 1].map(|page| guest.grant(page, Access::Write));
+    let port = guest.offer();
+    let channel = world.events().bind(GUEST, port).unwrap();
+    let farewell = Farewell { clear: Some(5), ring: Some(channel.port()) };
+    let mapping = world.grants().map_telling(GUEST, &refs, Access::Write, farewell).unwrap();
+    world.kill_back_ends();
+    assert_eq!((world.counts().mapped, world.counts().bound, guest.mapped()), (0, 0, 0));
+    assert_eq!((guest.mappings(refs[0]), guest.is_bound(port)), (0, false));
+    guest.end(refs[0]).unwrap();
+    let successor = world.events().bind(GUEST, port).unwrap();
+    let second = world.grants().map(GUEST, &refs[1..], Access::Write).unwrap();
+    guest.write(5, &[9]);
+    drop((mapping, channel));
+    assert_eq!((guest.read(5, 1), guest.rung(port)), (vec![9], 0), "no late farewell");
+    assert_eq!((world.counts().mapped, world.counts().bound), (1, 1), "the successor's");
+    assert!(guest.is_bound(port));
+    drop((second, successor));
+    assert_eq!((world.counts().mapped, world.counts().bound), (0, 0));
+}

@@ -31,6 +31,8 @@ struct Record {
     calls: Arc<Mutex<Vec<Call>>>,
     /// What connecting fails with.
     failure: Arc<Mutex<Option<String>>>,
+    /// What the disk has grown to.
+    size: Arc<Mutex<Option<u64>>>,
 }
 
 impl Record {
@@ -40,9 +42,10 @@ impl Record {
 }
 
 impl Rings for Record {
-    fn connect(&mut self, connection: Connection) -> Result<(), String> {
+    fn connect(&mut self, connection: Connection) -> Result<u64, String> {
         self.calls.lock().unwrap().push(Call::Connect(connection));
-        self.failure.lock().unwrap().clone().map_or(Ok(()), Err)
+        let size = self.size.lock().unwrap().unwrap_or(SIZE);
+        self.failure.lock().unwrap().clone().map_or(Ok(size), Err)
     }
 
     fn disconnect(&mut self, how: Parting) {
@@ -60,7 +63,7 @@ fn settings() -> Settings {
         features: Features::default(),
         queues: 2,
         block: 512,
-        data: DataPath::Auto,
+        data: DataPath::Map,
         on_failed_sync: OnFailedSync::FailWrites,
         memory: 1 << 20,
         journals: PathBuf::from("/nowhere"),
@@ -68,6 +71,8 @@ fn settings() -> Settings {
     }
 }
 
+/// Bytes of the disk.
+const SIZE: u64 = 64 << 20;
 const LIMITS: Limits = Limits { align: 512, preferred: 4096, read_only: false, fast_zero: true };
 
 /// A disk that is attended to.
@@ -93,7 +98,7 @@ fn attend(store: &Store, settings: Settings, limits: Limits) -> Attended {
 fn attend_with(store: &Store, settings: Settings, limits: Limits, record: Record) -> Attended {
     let (orderer, orders) = orders().unwrap();
     let client = Client::connect(store).unwrap();
-    let shape = Shape { size: 64 << 20, limits };
+    let shape = Shape { size: SIZE, limits };
     let control = Control::new(Arc::new(store.clone()), settings, record.clone(), orders, shape);
     let thread = std::thread::spawn(move || control.run(client));
     Attended { store: store.clone(), record, orders: orderer, thread }
@@ -547,9 +552,9 @@ fn rings_that_cannot_be_mapped_close_the_disk() {
 fn a_disk_that_has_grown_is_told_and_one_that_is_not_connected_is_not() {
     let disk = Attended::start();
     disk.back("state", "2");
-    disk.orders.give(Order::Resized((96 << 20) + 100));
+    *disk.record.size.lock().unwrap() = Some((96 << 20) + 100);
     disk.handshake();
-    disk.back("sectors", "196608");
+    assert_eq!(disk.read("sectors").as_deref(), Some("196608"));
     let before = disk.store.requests().len();
     disk.orders.give(Order::Resized(128 << 20));
     disk.back("sectors", "262144");
@@ -571,10 +576,10 @@ fn a_failed_sync_takes_the_disk_away_if_that_is_asked_for() {
     disk.orders.give(Order::SyncFailed);
     disk.back("state", "5");
     disk.front("state", "6");
-    disk.back("state", "6");
-    disk.front("state", "1");
-    disk.toolstack("online", "0"); // seen after what came before
-    assert_eq!(disk.end().0, Some(End::Detached));
+    let store = disk.store.clone();
+    let failure = disk.failure();
+    assert!(failure.contains("sync"), "{failure}");
+    assert_eq!(store.read(BACK), None);
 
     let disk = Attended::start();
     disk.handshake();
@@ -611,6 +616,26 @@ fn features_that_are_hidden_are_not_told() {
     let offered = Offered { flush_cache: false, barrier: false, discard: false, indirect: 0, block: 512 };
     let expected = Connection { offered, persistent: false, ..connection(8, 15) };
     assert_eq!(disk.record.calls(), [Call::Connect(expected)]);
+}
+
+#[test]
+fn who_copies_asks_for_no_grants_that_stay() {
+    for data in [DataPath::Auto, DataPath::Copy] {
+        let disk = attend(&store(), Settings { data, ..settings() }, LIMITS);
+        disk.handshake();
+        assert_eq!(disk.read("feature-persistent").as_deref(), Some("0"));
+        assert_eq!(
+            disk.record.calls(),
+            [Call::Connect(Connection { persistent: false, ..connection(8, 15) })]
+        );
+    }
+}
+
+#[test]
+fn without_the_disks_thread_nothing_is_attended_to() {
+    let Attended { orders, thread, .. } = Attended::start();
+    drop(orders);
+    assert_eq!(thread.join().unwrap(), None);
 }
 
 #[test]
