@@ -513,6 +513,48 @@ fn a_ring_goes_round_many_times_in_each_size() {
 }
 
 #[test]
+fn no_event_is_lost_between_two_that_sleep() {
+    run(|handle| async move {
+        let host = Host::new(&handle, DataPath::Auto);
+        let (mut front, mut other) = (host.front(1, 1), host.front(2, 1));
+        host.connect(&[&front, &other]).await;
+        let abi = host.abi;
+        // A guest on a processor of its own, which rings only where it is asked to and sleeps until it is rung for.
+        let drive = move |front: &mut Front, burst: u64| {
+            let mut answered = 0;
+            while answered < 4000 {
+                for nth in 0..=answered % burst {
+                    front.put(&front::request(abi, 3, answered + nth, u64::MAX, &[]));
+                }
+                front.show();
+                while front.out() > 0 {
+                    let responses = front.responses();
+                    answered += responses.len() as u64;
+                    // It has asked to be rung for the next one, and looks once more.
+                    let has_more = front.guest.load(front.at + 8) != front.seen;
+                    if front.out() > 0 && !has_more {
+                        let rung = front.guest.wait(front.port, Duration::from_secs(20));
+                        assert!(
+                            rung > 0,
+                            "nobody has rung for an answer that is there, or the other way round"
+                        );
+                    }
+                }
+            }
+        };
+        let threads = [
+            std::thread::spawn(move || drive(&mut front, 3)),
+            std::thread::spawn(move || drive(&mut other, 7)),
+        ];
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            host.handle.sleep(Duration::from_millis(5)).await;
+        }
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        host.leave(Parting::Tell).await;
+    });
+}
+
+#[test]
 fn a_disk_that_grows_is_measured_anew() {
     run(|handle| async move {
         let mut host = Host::new(&handle, DataPath::Auto);
