@@ -49,3 +49,8 @@ fn transmission_keeps_its_rules_with_all_that_was_collected() {
 fn xen_guests_rings_harm_nobody_with_all_that_was_collected() {
     replay("xen_rings", guest::fuzzing::xen_rings);
 }
+
+#[test]
+fn front_ends_nodes_are_judged_by_the_rules_with_all_that_was_collected() {
+    replay("xen_nodes", guest::fuzzing::xen_nodes);
+}

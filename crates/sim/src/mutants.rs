@@ -1,4 +1,5 @@
-//! Known mistakes, made one at a time in a copy of the sources: the simulation must catch each of them.
+//! Known mistakes, made one at a time in a copy of the sources: the simulation must catch each of them, or unit tests
+//! where the simulation does not run that code.
 //!
 //! A mistake is a file in `crates/sim/mutants`: what it breaks, and the text to find in a source and what to put in
 //! its place. A text that is not found exactly once is an error of its own: the code has moved on, and the mistake has
@@ -25,7 +26,19 @@ struct Mutant {
     name: String,
     /// What it breaks.
     breaks: String,
+    catcher: Catcher,
     changes: Vec<Change>,
+}
+
+/// What has to catch a mistake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Catcher {
+    Simulation,
+    /// Unit tests of this crate whose name starts so.
+    Tests {
+        package: String,
+        prefix: String,
+    },
 }
 
 #[derive(Debug)]
@@ -55,14 +68,17 @@ pub fn run(filter: &str) -> Result<()> {
         mutant.check(&root)?;
     }
     let workshop = Workshop::open(&root)?;
-    workshop.build().context("the copy without any mistake")?;
-    if let Some(catch) = workshop.simulate()? {
-        bail!(
-            "without any mistake the simulation fails at seed {}: {}: {}",
-            catch.seed,
-            catch.oracle,
-            catch.how
-        );
+    let mut catchers: Vec<&Catcher> = mutants.iter().map(|mutant| &mutant.catcher).collect();
+    catchers.dedup();
+    for catcher in catchers {
+        if let Some(catch) = workshop.look(catcher).context("the copy without any mistake")? {
+            bail!(
+                "without any mistake there is a catch at seed {}: {}: {}",
+                catch.seed,
+                catch.oracle,
+                catch.how
+            );
+        }
     }
     println!("| mistake | what it breaks | caught by | seed | seconds |\n|---|---|---|---|---|");
     let mut survivors = Vec::new();
@@ -81,7 +97,7 @@ pub fn run(filter: &str) -> Result<()> {
             }
         }
     }
-    ensure!(survivors.is_empty(), "the simulation does not see: {}", survivors.join(", "));
+    ensure!(survivors.is_empty(), "nothing sees: {}", survivors.join(", "));
     println!("\nall {} mistakes are caught", mutants.len());
     Ok(())
 }
@@ -108,6 +124,7 @@ impl Mutant {
     ///
     /// ```text
     /// What it breaks, in a sentence.
+    /// tests: crate beginning::of::names
     /// file: crates/…/….rs
     /// <<<<
     /// text to find
@@ -116,14 +133,19 @@ impl Mutant {
     /// >>>>
     /// ```
     ///
-    /// with more files and texts as needed.
+    /// with more files and texts as needed. Where no tests are named the simulation has to see it.
     fn parse(name: String, text: &str) -> Result<Mutant> {
         let mut lines = text.lines();
         let breaks = lines.next().unwrap_or_default().to_owned();
         let mut changes = Vec::new();
+        let mut catcher = Catcher::Simulation;
         let mut file = None;
         while let Some(line) = lines.next() {
-            if let Some(path) = line.strip_prefix("file: ") {
+            if let Some((package, prefix)) =
+                line.strip_prefix("tests: ").and_then(|rest| rest.split_once(' '))
+            {
+                catcher = Catcher::Tests { package: package.into(), prefix: prefix.into() };
+            } else if let Some(path) = line.strip_prefix("file: ") {
                 file = Some(PathBuf::from(path));
             } else if line == "<<<<" {
                 let until = |mark: &str, lines: &mut std::str::Lines<'_>| -> String {
@@ -138,7 +160,7 @@ impl Mutant {
             }
         }
         ensure!(!changes.is_empty(), "{name}: it changes nothing");
-        Ok(Mutant { name, breaks, changes })
+        Ok(Mutant { name, breaks, catcher, changes })
     }
 
     /// Whether it fits the sources.
@@ -186,11 +208,13 @@ impl Workshop {
         Ok(Workshop { sources, target: base.join("target") })
     }
 
-    fn build(&self) -> Result<()> {
+    /// What is said on the way; an error where it does not build.
+    fn build(&self, arguments: &[&str]) -> Result<String> {
         // Quick to build rather than quick to run; lints are not the point here.
         let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .current_dir(&self.sources)
-            .args(["build", "--quiet", "--release", "--offline", "--package", "sim"])
+            .args(arguments)
+            .args(["--release", "--offline"])
             .env("CARGO_TARGET_DIR", &self.target)
             .env("CARGO_INCREMENTAL", "1")
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
@@ -200,8 +224,44 @@ impl Workshop {
             .env("RUSTFLAGS", "--cap-lints=allow")
             .output()
             .context("run cargo")?;
-        ensure!(output.status.success(), "it does not build:\n{}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "it does not build:\n{said}");
+        Ok(said)
+    }
+
+    /// Whether the sources, as they are, are caught.
+    fn look(&self, catcher: &Catcher) -> Result<Option<Catch>> {
+        match catcher {
+            Catcher::Simulation => {
+                self.build(&["build", "--quiet", "--package", "sim"])?;
+                self.simulate()
+            }
+            Catcher::Tests { package, prefix } => {
+                let said = self.build(&["test", "--no-run", "--package", package, "--lib"])?;
+                // "Executable unittests src/lib.rs (/…/deps/guest-0123)"
+                let path = said.lines().find_map(|line| {
+                    let (_, path) = line.trim().strip_prefix("Executable ")?.split_once('(')?;
+                    path.strip_suffix(')')
+                });
+                self.test(package, path.context("cargo does not say where the tests are")?, prefix)
+            }
+        }
+    }
+
+    /// Runs unit tests.
+    fn test(&self, package: &str, program: &str, prefix: &str) -> Result<Option<Catch>> {
+        let mut command = Command::new(program);
+        command.arg(prefix).current_dir(self.sources.join("crates").join(package));
+        let Some((success, output)) = run_for(PATIENCE, &mut command)? else {
+            return Ok(Some(Catch::by("tests", "they hang")));
+        };
+        let failed = |line: &str| {
+            let name = line.strip_prefix("test ")?.strip_suffix(" ... FAILED")?;
+            Some(name.rsplit("::").next().unwrap_or(name).to_owned())
+        };
+        let failed: Vec<String> = output.lines().filter_map(failed).collect();
+        ensure!(!output.contains("running 0 tests"), "there are no tests called `{prefix}`");
+        Ok((!success).then(|| Catch::by("tests", &failed.join(", "))))
     }
 
     /// Makes a mistake, looks whether it is caught, and undoes it.
@@ -212,8 +272,7 @@ impl Workshop {
             undo.push((path.clone(), fs::read_to_string(&path).context("read a source")?));
             fs::write(&path, change.apply(&self.sources)?).context("make the mistake")?;
         }
-        let built = self.build().with_context(|| format!("mutant {}", mutant.name));
-        let caught = built.and_then(|()| self.simulate());
+        let caught = self.look(&mutant.catcher).with_context(|| format!("mutant {}", mutant.name));
         for (path, source) in undo.into_iter().rev() {
             fs::write(path, source).context("undo the mistake")?;
         }
@@ -222,38 +281,44 @@ impl Workshop {
 
     /// Runs seeds until one fails.
     fn simulate(&self) -> Result<Option<Catch>> {
-        let mut child = Command::new(self.target.join("release/sim"))
-            .args(["--runs", SEEDS])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("start the simulation")?;
-        let mut pipe = child.stdout.take().context("its output")?;
-        let reader = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            pipe.read_to_end(&mut bytes).map(|_| String::from_utf8_lossy(&bytes).into_owned())
-        });
-        let started = Instant::now();
-        let status = loop {
-            if let Some(status) = child.try_wait().context("wait for it")? {
-                break Some(status);
-            }
-            if started.elapsed() > PATIENCE {
-                child.kill().context("end it")?;
-                child.wait().context("wait for its end")?;
-                break None;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        let mut command = Command::new(self.target.join("release/sim"));
+        command.args(["--runs", SEEDS]);
+        let Some((success, output)) = run_for(PATIENCE, &mut command)? else {
+            return Ok(Some(Catch::by("end", "it hangs")));
         };
-        let Ok(output) = reader.join() else { bail!("reading its output panicked") };
-        let output = output.context("read its output")?;
         let told = output.lines().rev().find_map(Catch::parse);
-        Ok(match status {
-            Some(status) if status.success() => None,
-            Some(status) => Some(told.unwrap_or_else(|| Catch::without_words(&status.to_string()))),
-            None => Some(Catch::without_words("it hangs")),
-        })
+        Ok((!success).then(|| told.unwrap_or_else(|| Catch::by("end", "it fails without a word"))))
     }
+}
+
+/// Runs a program for so long at most: whether it succeeded, and what it printed.
+fn run_for(patience: Duration, command: &mut Command) -> Result<Option<(bool, String)>> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("start {name}"))?;
+    let mut pipe = child.stdout.take().context("its output")?;
+    let reader = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).map(|_| String::from_utf8_lossy(&bytes).into_owned())
+    });
+    let started = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().context("wait for it")? {
+            break Some(status);
+        }
+        if started.elapsed() > patience {
+            child.kill().context("end it")?;
+            child.wait().context("wait for its end")?;
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let Ok(output) = reader.join() else { bail!("reading its output panicked") };
+    let output = output.context("read its output")?;
+    Ok(status.map(|status| (status.success(), output)))
 }
 
 impl Catch {
@@ -266,8 +331,8 @@ impl Catch {
         Some(Catch { oracle: oracle.into(), seed: seed.into(), how })
     }
 
-    fn without_words(how: &str) -> Catch {
-        Catch { oracle: "end".into(), seed: "?".into(), how: how.into() }
+    fn by(oracle: &str, how: &str) -> Catch {
+        Catch { oracle: oracle.into(), seed: "-".into(), how: how.into() }
     }
 }
 
@@ -310,6 +375,9 @@ mod tests {
             let error = Mutant::parse("one".into(), &text).unwrap().check(root).unwrap_err();
             assert!(format!("{error:#}").contains(named), "{error:#}");
         }
+        let text = "Breaks.\ntests: guest xen::\nfile: src/lib.rs\n<<<<\na\n====\n>>>>\n";
+        let expected = Catcher::Tests { package: "guest".into(), prefix: "xen::".into() };
+        assert_eq!(Mutant::parse("tests".into(), text).unwrap().catcher, expected);
         assert!(Mutant::parse("none".into(), "Breaks nothing.\n").is_err());
         assert!(Mutant::parse("odd".into(), "Breaks.\nwhat is this\n").is_err());
     }

@@ -8,6 +8,7 @@ mod moody;
 mod negotiation;
 mod rings;
 mod transmission;
+mod xen_nodes;
 #[cfg(feature = "fuzzing")]
 mod xen_rings;
 
@@ -18,6 +19,7 @@ pub use messages::messages;
 pub use negotiation::negotiation;
 pub use rings::rings;
 pub use transmission::transmission;
+pub use xen_nodes::xen_nodes;
 #[cfg(feature = "fuzzing")]
 pub use xen_rings::xen_rings;
 

@@ -30,9 +30,11 @@ mod tests;
 mod turn;
 
 #[cfg(feature = "fuzzing")]
-pub(crate) use device::{Connection, Device, Offered, Parting, RingSpec, Start};
-#[cfg(feature = "fuzzing")]
+pub(crate) use device::{Connection, Device, Offered, Parting, Start};
+// For `crate::fuzzing`.
+pub(crate) use device::RingSpec;
 pub(crate) use layout::Abi;
+pub(crate) use negotiate::{Terms, negotiate};
 
 use std::path::PathBuf;
 use std::rc::Rc;

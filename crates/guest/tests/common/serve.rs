@@ -1,25 +1,41 @@
-//! A scripted disk that is served over NBD and over vhost-user at once, in a thread of its own.
+//! A scripted disk that is served over NBD, over vhost-user and to guests of Xen at once, in a thread of its own.
 
 #![allow(dead_code)] // each program of tests uses what it needs
 
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use blkfront::{Front, Nodes, Wish};
 use block::{OpKind, Pool};
 use guest::listen::Listener;
+use guest::xen::{DataPath, Features, OnFailedSync, Platform};
 use guest::{nbd, vhost};
 use runtime::{Mailbox, RingFlags, Runtime, Uring};
+use xen::Domain;
+use xen::fake::World;
+use xen::fake::store::Store;
 
 use crate::disk::{Act, Log, Script, Scripted, Seen};
 
 enum Message {
     Release,
     Grow(usize),
+    /// Serve it to a guest of Xen as well.
+    Xen(Box<guest::xen::Settings>),
     Drain,
 }
+
+/// Guests of Xen have numbers of their own in all tests of a program.
+static NEXT_DOMAIN: AtomicU16 = AtomicU16::new(1);
+/// xvdb
+const DEVICE: u32 = 51728;
+const KIND: &str = "vbd3";
+/// Pages of such a guest.
+const PAGES: usize = 4096;
 
 /// How it is to be.
 pub(crate) struct Plan {
@@ -48,6 +64,11 @@ pub(crate) struct Served {
     messages: runtime::Sender<Message>,
     thread: Option<JoinHandle<()>>,
     log: Log,
+    world: World,
+    store: Store,
+    read_only: bool,
+    queues: u16,
+    block: u32,
 }
 
 impl Plan {
@@ -61,6 +82,9 @@ impl Plan {
         let log = Log::default();
         let (ready, is_ready) = mpsc::channel();
         let disks_log = log.clone();
+        let (world, store) = (World::new(), Store::new());
+        let (their_world, their_store) = (world.clone(), store.clone());
+        let (read_only, queues, block) = (self.read_only, self.queues, self.block);
         let thread = std::thread::spawn(move || {
             let pool = Pool::new(4 << 20);
             let uring = Uring::open(RingFlags::Auto, &pool).expect("these tests need io_uring");
@@ -78,10 +102,18 @@ impl Plan {
                 let guests = vhost::Server::new(handle.clone(), disk.clone(), settings);
                 guests.listen(Listener::unix(&vhost_path).unwrap());
                 ready.send(mailbox.sender()).unwrap();
+                let mut domains = Vec::new();
                 loop {
                     match mailbox.receive().await {
                         Message::Release => disk.release(),
                         Message::Grow(size) => disk.grow(size),
+                        Message::Xen(settings) => {
+                            let (grants, events) = (their_world.grants(), their_world.events());
+                            let platform = Platform { grants, events, store: Arc::new(their_store.clone()) };
+                            let server =
+                                guest::xen::Server::start(&handle, disk.clone(), platform, *settings);
+                            domains.push(server.expect("a xenstore"));
+                        }
                         Message::Drain => break,
                     }
                 }
@@ -90,6 +122,9 @@ impl Plan {
                 let ending = async move {
                     guests.drain().await;
                     clients.drain().await;
+                    for domain in domains {
+                        domain.drain().await;
+                    }
                 };
                 handle.spawn(async move {
                     loop {
@@ -102,7 +137,8 @@ impl Plan {
             assert_eq!(runtime.handle().panics(), 0, "a task panicked");
         });
         let messages = is_ready.recv().expect("the servers listen");
-        Served { directory, messages, thread: Some(thread), log }
+        let thread = Some(thread);
+        Served { directory, messages, thread, log, world, store, read_only, queues, block }
     }
 }
 
@@ -116,6 +152,31 @@ impl Served {
 
     pub(crate) fn vhost(&self) -> PathBuf {
         self.directory.path().join(VHOST)
+    }
+
+    /// A new guest of Xen, whose disk this is.
+    pub(crate) fn xen(&self, data: DataPath, wish: &Wish) -> Front {
+        let domain = Domain(NEXT_DOMAIN.fetch_add(1, Ordering::Relaxed));
+        let guest = self.world.domain(domain, PAGES);
+        self.store.introduce(domain);
+        let nodes = Nodes::new(domain, DEVICE, KIND);
+        nodes.create(&self.store, if self.read_only { "r" } else { "w" });
+        self.messages.send(Message::Xen(Box::new(guest::xen::Settings {
+            name: "disk".into(),
+            domain,
+            device: DEVICE,
+            kind: KIND.into(),
+            create_nodes: false,
+            features: Features::default(),
+            queues: self.queues,
+            block: self.block,
+            data,
+            on_failed_sync: OnFailedSync::FailWrites,
+            memory: 8 << 20,
+            journals: self.directory.path().into(),
+            image: None,
+        })));
+        Front::connect(&self.store, &guest, &nodes, wish).unwrap()
     }
 
     /// Lets the disk do what storage works on or what is held.

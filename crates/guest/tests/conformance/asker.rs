@@ -1,6 +1,8 @@
 //! Who asks: a client of each interface, with one set of words.
 
+use blkfront::{Abi, Front};
 use block::{Errno, OpKind};
+use guest::xen::DataPath;
 use nbd_client::{Client, Request as NbdRequest, Style};
 use vhost_client::{Driver, Request, Status, Ticket, Wish, feature};
 
@@ -54,6 +56,11 @@ pub(crate) trait Asker {
     /// The same for what is refused without asking the storage.
     fn refusal(&self, refused: Refused, kind: OpKind) -> u32;
 
+    /// How the disk is asked what this is for: an interface may have no word of its own for it.
+    fn arrives_as(&self, kind: OpKind) -> OpKind {
+        kind
+    }
+
     fn ask(&mut self, question: &Question) -> Told {
         let name = self.send(question);
         self.wait(name)
@@ -66,7 +73,7 @@ pub(crate) struct Interface {
     pub(crate) connect: fn(&Served) -> Box<dyn Asker>,
 }
 
-pub(crate) const INTERFACES: [Interface; 7] = [
+pub(crate) const INTERFACES: [Interface; 9] = [
     Interface { name: "NBD, simple replies", connect: |served| nbd(served, Style::Simple) },
     Interface { name: "NBD, structured replies", connect: |served| nbd(served, Style::Structured) },
     Interface { name: "NBD, extended headers", connect: |served| nbd(served, Style::Extended) },
@@ -82,6 +89,14 @@ pub(crate) const INTERFACES: [Interface; 7] = [
     Interface {
         name: "virtio, three regions of memory",
         connect: |served| virtio(served, feature::LINUX, 3, Table::Indirect),
+    },
+    Interface {
+        name: "Xen, pages that are copied",
+        connect: |served| xen(served, DataPath::Copy, Abi::X86_64, Table::Ring),
+    },
+    Interface {
+        name: "Xen, pages that are mapped, indirect requests, 32 bits",
+        connect: |served| xen(served, DataPath::Map, Abi::X86_32, Table::Indirect),
     },
 ];
 
@@ -193,5 +208,72 @@ impl Asker for Virtio {
             (Refused::ReadOnly, OpKind::Discard | OpKind::WriteZeroes) => 2,
             (Refused::ReadOnly | Refused::BeyondTheEnd, _) => 1,
         }
+    }
+}
+
+fn xen(served: &Served, data: DataPath, abi: Abi, table: Table) -> Box<dyn Asker> {
+    let wish = blkfront::Wish { abi, queues: 2, order: 1, ..blkfront::Wish::default() };
+    Box::new(Xen { front: served.xen(data, &wish), table, open: Vec::new() })
+}
+
+struct Xen {
+    front: Front,
+    table: Table,
+    /// The name of an answer is the place here of what it belongs to.
+    open: Vec<blkfront::Ticket>,
+}
+
+impl Asker for Xen {
+    fn send(&mut self, question: &Question) -> u64 {
+        use blkfront::Request;
+        let request = match question {
+            Question::Read(at, len) => Request::read(at / 512, *len),
+            Question::Write(at, bytes) => Request::write(at / 512, bytes),
+            Question::Zeroes(at, len) => Request::write(at / 512, &vec![0; *len as usize]),
+            Question::Discard(at, len) => Request::discard(at / 512, len / 512),
+            Question::Flush => Request::flush(),
+        };
+        let pages = match question {
+            Question::Read(_, len) => len.div_ceil(4096),
+            Question::Write(_, bytes) => bytes.len().div_ceil(4096),
+            Question::Zeroes(_, len) => len.div_ceil(4096) as usize,
+            // These have no pages, and so no table of them.
+            Question::Discard(..) | Question::Flush => 0,
+        };
+        let must = pages > blkfront::SEGMENTS_MAX;
+        let is_indirect = must || pages > 0 && self.table == Table::Indirect;
+        let request = if is_indirect { request.indirect() } else { request };
+        let name = self.open.len();
+        self.open.push(self.front.driver.send(name % 2, &request).unwrap());
+        name as u64
+    }
+
+    fn wait(&mut self, name: u64) -> Told {
+        let answer = self.front.driver.wait(self.open[name as usize]).expect("an answer");
+        match answer.status {
+            blkfront::status::OKAY => Ok(answer.bytes),
+            status => Err(status.unsigned_abs().into()),
+        }
+    }
+
+    /// BLKIF_RSP_ERROR, or EOPNOTSUPP for what a disk may be unable to do.
+    fn number(&self, errno: Errno, kind: OpKind) -> u32 {
+        match (errno, kind) {
+            (Errno::EOPNOTSUPP, OpKind::Discard) => 2,
+            _ => 1,
+        }
+    }
+
+    fn refusal(&self, refused: Refused, kind: OpKind) -> u32 {
+        match (refused, kind) {
+            // A disk that is read-only does not offer it.
+            (Refused::ReadOnly, OpKind::Discard) => 2,
+            (Refused::ReadOnly | Refused::BeyondTheEnd, _) => 1,
+        }
+    }
+
+    /// There is no request for zeroes.
+    fn arrives_as(&self, kind: OpKind) -> OpKind {
+        if kind == OpKind::WriteZeroes { OpKind::Write } else { kind }
     }
 }

@@ -1,4 +1,4 @@
-//! The same questions put to every interface: NBD in its three styles, and a virtio disk in its ways.
+//! The same questions put to every interface: NBD in its three styles, and a virtio disk and one of Xen in their ways.
 
 #[path = "../common/disk.rs"]
 mod disk;

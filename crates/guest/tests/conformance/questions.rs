@@ -63,7 +63,7 @@ fn the_disk_is_asked_just_what_the_client_asked() {
         let expected = [
             (OpKind::Read, 8192, 4096),
             (OpKind::Write, 4096, 4096),
-            (OpKind::WriteZeroes, 16384, 1024),
+            (asker.arrives_as(OpKind::WriteZeroes), 16384, 1024),
             (OpKind::Discard, 32768, 512),
             (OpKind::Flush, 0, 0),
         ];
@@ -118,7 +118,7 @@ fn each_errno_is_told_by_the_interfaces_own_number_and_by_no_other() {
 #[test]
 fn beyond_the_end_nothing_is_done_and_the_storage_is_not_asked() {
     everywhere(Plan::default, |asker, served, name| {
-        // Sectors are 55 bits long in one interface and bytes 64 in the other: all of these can be said in both.
+        // Sectors are 55 bits long in two interfaces and bytes 64 in the third: all of these can be said in each.
         for (at, len) in
             [(SIZE, 512), (SIZE - 512, 1024), (0, SIZE + 512), (1 << 62, 512), (u64::MAX - 1023, 512)]
         {

@@ -13,8 +13,9 @@ fn every_test_that_the_table_of_errors_names_exists() {
         };
         let file = match file.split_once('/') {
             Some(("crates", file)) => crates.join(file),
-            Some(("vhost" | "conformance", _)) => crates.join(format!("guest/tests/{file}.rs")),
+            Some(("vhost" | "conformance" | "xen", _)) => crates.join(format!("guest/tests/{file}.rs")),
             Some(("unit", file)) => crates.join(format!("guest/src/vhost/tests/{file}.rs")),
+            Some(("blkif", file)) => crates.join(format!("guest/src/xen/tests/{file}.rs")),
             Some(_) => panic!("{words}: where is that?"),
             None => crates.join(format!("tapdisk/tests/shipped/{file}.rs")),
         };

@@ -115,6 +115,22 @@ impl<'a> Boot<'a> {
         format!("{}\n{dom0}", self.machine.about())
     }
 
+    /// Clears away what a scenario that failed has left: what follows is not to fail for that.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        let left: Vec<&str> = self.domains.iter().map(|domain| domain.plan.name).collect();
+        for name in left {
+            self.run(&format!("xl destroy {name} 2>&1"))?;
+        }
+        // Who let a domain go away has ended, or is not going to.
+        self.sh(
+            "sleep 2; for folder in /run/serve/*; do\n\
+             if test -e $folder/pid -a ! -e $folder/status; then kill -9 $(cat $folder/pid); fi; done 2> /dev/null\n\
+             xenstore-rm /local/domain/0/backend/vbd3 2> /dev/null; losetup -D 2> /dev/null; true",
+        )?;
+        self.domains.clear();
+        Ok(())
+    }
+
     /// Keeps what dom0 has of logs.
     fn keep_logs(&mut self) -> Result<()> {
         let files = self.sh("ls /run/logs /var/log/xen | grep '[.]log$' || true")?;

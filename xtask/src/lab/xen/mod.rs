@@ -135,10 +135,14 @@ fn run_group(stage: &Stage, group: &Group, report: &mut Report) {
     });
     let Some(mut boot) = made else { return };
     for scenario in wanted {
-        report.part(scenario.name, || {
+        let has_passed = report.part(scenario.name, || {
             let result = (scenario.run)(&mut boot);
             result.inspect_err(|_| println!("{}", boot.about()))
         });
+        if !has_passed && let Err(error) = boot.clear() {
+            report.part(&format!("clear: {}", group.name), || Err(error));
+            break;
+        }
     }
     if stage.arguments.shell {
         report.part("shell", || shell::ask(&mut boot));

@@ -126,7 +126,9 @@ ln -s /proc/self/fd/2 /dev/stderr
 mkdir -p /dev/pts /run/lock /run/xen /run/xenstored /run/logs /images /var/lib/xen /var/lib/xenstored /var/log/xen
 ln -sfn /run /var/run
 ln -sfn /run/lock /var/lock
+mkdir -p /dev/shm
 mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
 mount -t xenfs xenfs /proc/xen
 xenstored --pid-file /run/xen/xenstored.pid
 until xenstore-exists / 2> /dev/null; do sleep 0.1; done

@@ -299,8 +299,8 @@ fn nothing_is_lost_and_nothing_answered_twice_wherever_a_process_dies() {
 #[test]
 fn a_successor_may_die_too_while_it_takes_over() {
     for first in (1..800).step_by(41) {
-        // A take-over is a few stores; the next dies soon after it, or within it.
-        for second in 0..30 {
+        // A take-over is a few stores; the next dies within it, soon after it, or later.
+        for second in (0..30).chain((30..400).step_by(37)) {
             serve(
                 &[first, second, second / 2 + first % 5],
                 u32::MAX - 15,

@@ -716,6 +716,26 @@ fn a_process_that_is_killed_leaves_all_to_its_successor() {
 }
 
 #[test]
+fn a_successor_rings_for_answers_that_its_predecessor_may_not_have_rung_for() {
+    run(|handle| async move {
+        let mut host = Host::new(&handle, DataPath::Auto);
+        let mut front = host.front(1, 1);
+        host.connect(&[&front]).await;
+        let pages = host.pages(&[7; PAGE], Access::Write);
+        front.ask(&front::request(host.abi, 1, 1, 0, &segs(&pages)));
+        host.quiet().await;
+        // It was published, and the event for it is lost with the process.
+        host.kill().await;
+        assert_eq!(front.guest.rung(front.port), 1);
+        host.try_connect(&[&front], Start::TakeOver).await.unwrap();
+        host.quiet().await;
+        assert_eq!(front.guest.rung(front.port), 1);
+        assert_eq!(front.responses(), [(1, 1, 0)]);
+        host.leave(Parting::Tell).await;
+    });
+}
+
+#[test]
 fn without_the_record_of_a_predecessor_nothing_is_served() {
     run(|handle| async move {
         let host = Host::new(&handle, DataPath::Auto);

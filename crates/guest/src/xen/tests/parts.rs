@@ -194,6 +194,22 @@ fn what_is_taken_and_not_answered_is_found_in_the_order_of_requests() {
 }
 
 #[test]
+fn a_number_that_a_response_was_to_have_is_forgotten_with_who_was_to_give_it() {
+    let records = Records::new();
+    let mut part = records.create().part(0);
+    part.take(0, 100, &raw(1));
+    part.take(1, 101, &raw(2));
+    part.stage(0, 100);
+    // It dies before the response is seen. The next one gives that number to the other request, and dies too.
+    let mut part = records.open().unwrap().part(0);
+    assert_eq!(part.recover(100, Abi::X86_64.layout()).unwrap().len(), 2);
+    part.stage(1, 100);
+    part.published(&[1], 101);
+    let left = records.open().unwrap().part(0).recover(101, Abi::X86_64.layout()).unwrap();
+    assert_eq!(left.iter().map(|left| left.slot).collect::<Vec<_>>(), [0]);
+}
+
+#[test]
 fn more_responses_than_were_given_are_not_believed() {
     let records = Records::new();
     let mut part = records.create().part(0);
