@@ -453,16 +453,11 @@ impl<R: Rings> Control<R> {
                 Step::TakeOver => self.take_over(client, nodes)?,
                 Step::Close => self.put(client, nodes, &[], State::Closing)?,
                 Step::Closed => {
-                    self.disconnect(Parting::Forget);
+                    self.disconnect(parting(situation.front));
                     self.put(client, nodes, &[], State::Closed)?;
                 }
                 Step::Detach => {
-                    // A front end that has not closed may still wait for answers.
-                    let waits = matches!(
-                        situation.front,
-                        Said::State(State::Initialised | State::Connected | State::Closing)
-                    );
-                    self.disconnect(if waits { Parting::Tell } else { Parting::Forget });
+                    self.disconnect(parting(situation.front));
                     self.leave(client, nodes)?;
                     let end = if self.is_retired { End::Taken } else { End::Detached };
                     return Ok((Some(end), None));
@@ -733,6 +728,19 @@ impl<R: Rings> Control<R> {
         if let Some(untold) = self.complaints.admit(runtime::Instant(nanos)) {
             say(untold);
         }
+    }
+}
+
+/// How a front end is left that is at this state.
+fn parting(front: Said) -> Parting {
+    match front {
+        Said::State(State::Initialised | State::Connected | State::Closing) => Parting::Tell,
+        // It lets go of its rings only after we have closed too.
+        Said::State(State::Closed) => Parting::Closed,
+        // It has started anew, or is gone.
+        Said::State(State::Initialising | State::InitWait | State::Reconfiguring | State::Reconfigured)
+        | Said::Absent
+        | Said::Nonsense => Parting::Forget,
     }
 }
 

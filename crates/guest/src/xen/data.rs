@@ -79,7 +79,7 @@ impl Data {
             Way::Map => self.mapped(pieces, direction).map(Some),
             Way::Keep(kept) => match kept.borrow_mut().map(&*self.grants, self.domain, pieces) {
                 Ok(Some(mappings)) => Ok(Some((joined(&mappings, pieces), Place::Kept(mappings)))),
-                Ok(None) => self.mapped(pieces, direction).map(Some),
+                Ok(None) => Ok(None),
                 Err(errno) => Err(errno),
             },
         };

@@ -83,6 +83,10 @@ pub(crate) enum Parting {
     Leave,
     /// The front end closes: all is answered, and what is held is told its error. The journal is removed.
     Tell,
+    /// The front end has closed, and may still wait: as [`Parting::Tell`], but no data goes to its pages any more. Linux
+    /// closes first and then waits for each answer, until it lets go of its disk (xen-blkfront.c, blkfront_closing and
+    /// blkfront_remove).
+    Closed,
     /// The front end is gone, or has forgotten its requests: nothing is answered. The journal is removed.
     Forget,
 }
@@ -334,7 +338,7 @@ impl Device {
         drop(runs);
         match how {
             Parting::Leave => {}
-            Parting::Tell | Parting::Forget => journal.remove(),
+            Parting::Tell | Parting::Closed | Parting::Forget => journal.remove(),
         }
     }
 

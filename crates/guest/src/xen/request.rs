@@ -71,6 +71,11 @@ pub(crate) fn is_in_steps(raw: &Raw) -> bool {
     }
 }
 
+/// Whether it is a flush or a barrier without data.
+pub(crate) fn is_empty_flush(raw: &Raw) -> bool {
+    matches!(raw.operation(), FLUSH_DISKCACHE | WRITE_BARRIER) && raw.segment_count() == 0
+}
+
 /// Where the segments of an indirect request are, for who copies them from the guest; nothing where it is another
 /// request, or has too many of them.
 pub(crate) fn indirect(raw: &Raw, terms: &Terms, pieces: &mut Vec<Piece>) {

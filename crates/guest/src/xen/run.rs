@@ -14,6 +14,7 @@ use runtime::{Completion, Fd, Handle, Instant, Source, Watch};
 use super::data::{Copies, Data, Place};
 use super::device::{Common, Parting};
 use super::queue::Queue;
+use super::request;
 use super::ring::RingError;
 use super::stats::Asked;
 use super::status::{Status, status};
@@ -84,6 +85,8 @@ pub(crate) struct Run {
     pub(super) table: RefCell<Vec<u8>>,
     /// Memory for the request that is taken next, which has waited for it.
     pub(super) ahead: RefCell<Option<Taken>>,
+    /// The front end has closed: what it hears of carries no data, since its pages may be something else by now.
+    has_closed: Cell<bool>,
     /// It takes nothing more: for what waits meanwhile.
     ending: Signal,
     /// Its task has ended.
@@ -168,6 +171,7 @@ impl Run {
             copies: RefCell::default(),
             table: RefCell::default(),
             ahead: RefCell::default(),
+            has_closed: Cell::new(false),
             ending: Signal::default(),
             ended: Signal::default(),
         });
@@ -234,6 +238,8 @@ impl Run {
                 Turn::Steps(job, steps) => {
                     let _waiting = Waiting::begin(&self.is_waiting);
                     self.do_in_steps(*job, steps).await;
+                    // Other rings have waited for it, and a ring full of barriers is not to keep them waiting.
+                    self.handle.yield_now().await;
                 }
             }
         }
@@ -260,7 +266,7 @@ impl Run {
 
     /// Flushes, and then does what the job asks for besides.
     async fn do_in_steps(&self, job: Job, steps: Steps) {
-        let Job { slot, reply, op, .. } = job;
+        let Job { reply, op, .. } = job;
         let end = if steps.in_order {
             match self.ending.or(self.common.barrier.raise()).await {
                 Some(raised) => {
@@ -279,7 +285,6 @@ impl Run {
             (Some(End::Answer(result)), _) => reply.send(result.map(|()| Payload::None)),
             (Some(End::Leave), _) | (None, State::Ending(GiveUp::Leave)) => reply.leave(),
             (None, State::Ending(GiveUp::Tell) | State::Running | State::Failed | State::Muted) => {
-                self.flights.borrow_mut()[usize::from(slot)].preset = Some(Status::Error);
                 reply.send(Err(Errno::ESHUTDOWN));
             }
         }
@@ -334,8 +339,9 @@ impl Run {
         self.state.set(match (how, self.state.get()) {
             (Parting::Forget, _) | (_, State::Muted) => State::Muted,
             (Parting::Leave, _) => State::Ending(GiveUp::Leave),
-            (Parting::Tell, _) => State::Ending(GiveUp::Tell),
+            (Parting::Tell | Parting::Closed, _) => State::Ending(GiveUp::Tell),
         });
+        self.has_closed.set(how == Parting::Closed);
         self.ending.happen();
         self.wake();
     }
@@ -359,6 +365,26 @@ impl Run {
             self.settle();
             self.handle.yield_now().await;
         }
+        if self.state.get() == State::Ending(GiveUp::Tell) {
+            self.refuse_the_rest();
+        }
+    }
+
+    /// Answers what was never given to the disk: what is in the ring, and what a predecessor has left there. Nobody comes
+    /// after us, and Linux waits for each answer before it lets go of a disk.
+    fn refuse_the_rest(&self) {
+        let mut queue = self.queue.borrow_mut();
+        // No more than the ring holds, since nothing is shown meanwhile. One that makes no sense has no rest.
+        while let Ok(Some(raw)) = queue.peek() {
+            let told = if request::is_empty_flush(raw) { Status::Failed } else { Status::Error };
+            let (slot, _raw) = queue.take();
+            queue.answer(slot, told);
+        }
+        let rings = queue.publish();
+        drop(queue);
+        if rings {
+            self.notify();
+        }
     }
 
     /// Does nothing any more with the guest's memory, as far as that is in our hands: after a panic.
@@ -375,8 +401,9 @@ impl Run {
         self.back.borrow_mut().push((slot, end));
         let (changed, doubt) = {
             let flight = &mut self.flights.borrow_mut()[usize::from(slot)];
-            let failed =
-                matches!(end, End::Answer(Err(_))) && flight.failed.is_none() && flight.preset.is_none();
+            let failed = matches!(end, End::Answer(Err(errno)) if errno != Errno::ESHUTDOWN)
+                && flight.failed.is_none()
+                && flight.preset.is_none();
             let doubt = failed && (flight.fua || flight.kind == Some(OpKind::Flush));
             (std::mem::take(&mut flight.changes), doubt)
         };
@@ -394,6 +421,10 @@ impl Run {
         for (slot, end) in back {
             let flight = &mut flights[usize::from(*slot)];
             let is_read = matches!(end, End::Answer(Ok(()))) && flight.kind == Some(OpKind::Read);
+            if is_read && self.has_closed.get() {
+                flight.failed = Some(Errno::ESHUTDOWN);
+                continue;
+            }
             if let (true, Place::Ours(buf)) = (is_read, &flight.place) {
                 let pieces = std::mem::take(&mut flight.pieces);
                 copies.add(*slot, Direction::ToGuest, buf.clone(), pieces);
@@ -417,7 +448,7 @@ fn told(flight: &Flight, result: Result<(), Errno>) -> Status {
         (Some(_), ..) => Status::Error,
         (None, Some(preset), ..) => preset,
         (None, None, Ok(()), _) => Status::Okay,
-        (None, None, Err(errno), Some(kind)) => status(errno, kind),
+        (None, None, Err(errno), Some(kind)) => status(errno, kind, flight.sectors > 0),
         (None, None, Err(_), None) => Status::Error,
     }
 }

@@ -116,7 +116,7 @@ pub(crate) fn judge(situation: &Situation) -> Step {
         },
         State::Closing => match front {
             State::Closed | State::Initialising => Step::Closed,
-            // It may go on asking until it has closed: Linux closes a disk in use when it is let go of.
+            // It may go on asking until it has closed.
             State::InitWait
             | State::Initialised
             | State::Connected

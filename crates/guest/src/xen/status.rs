@@ -2,7 +2,7 @@
 
 use block::{Errno, OpKind};
 
-/// BLKIF_RSP_*.
+/// BLKIF_RSP_*, and one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i16)]
 pub(crate) enum Status {
@@ -12,17 +12,19 @@ pub(crate) enum Status {
     Error = -1,
     /// This back end does not do such things: Linux does not ask again.
     Unsupported = -2,
+    /// An empty flush or barrier failed. None of blkif.h's numbers says so to Linux, which makes a success of its two
+    /// errors there; any other number is an error to it (docs/decisions/0013-failed-flush.md).
+    Failed = -3,
 }
 
-/// The status to tell for a request of this kind that ended with this errno.
+/// The status to tell for a request of this kind, with data or without, that ended with this errno.
 ///
 /// There is no number for a lack of space, for a read-only disk or for anything else: an error stays an error.
-/// "Unsupported" is for what can be missing without a loss, which is a discard. A flush or a barrier that was offered and
-/// fails is an error: Linux makes success of either answer to an empty one and flushes no more, but to a barrier with
-/// data it believes an error.
-pub(crate) fn status(errno: Errno, kind: OpKind) -> Status {
+/// "Unsupported" is for what can be missing without a loss, which is a discard.
+pub(crate) fn status(errno: Errno, kind: OpKind, has_data: bool) -> Status {
     match kind {
         OpKind::Discard if errno == Errno::EOPNOTSUPP => Status::Unsupported,
+        OpKind::Flush if !has_data => Status::Failed,
         OpKind::Discard
         | OpKind::Read
         | OpKind::Write
@@ -44,7 +46,14 @@ mod tests {
                 let errno = Errno::new(code).unwrap();
                 // BLKIF_RSP_OKAY is 0, BLKIF_RSP_ERROR -1, BLKIF_RSP_EOPNOTSUPP -2 (blkif.h).
                 let expected = if errno == Errno::EOPNOTSUPP && kind == OpKind::Discard { -2 } else { -1 };
-                assert_eq!(status(errno, kind) as i16, expected, "{errno} for a {}", kind.name());
+                assert_eq!(status(errno, kind, true) as i16, expected, "{errno} for a {}", kind.name());
+                let expected = if kind == OpKind::Flush { -3 } else { expected };
+                assert_eq!(
+                    status(errno, kind, false) as i16,
+                    expected,
+                    "{errno} for an empty {}",
+                    kind.name()
+                );
             }
         }
         assert_eq!(Status::Okay as i16, 0);

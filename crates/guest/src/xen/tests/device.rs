@@ -285,7 +285,7 @@ fn errors_of_the_disk_are_told_once_with_the_number_for_them() {
             }
             for op in [2, 3] {
                 front.ask(&front::request(host.abi, op, 4, u64::MAX, &[]));
-                assert_eq!(host.responses(&mut front, 1).await, [(4, op, -1)], "{errno}");
+                assert_eq!(host.responses(&mut front, 1).await, [(4, op, -3)], "{errno}");
             }
             front.ask(&front::discard(host.abi, 5, 0, 8, 8));
             let told = if errno == Errno::EOPNOTSUPP { -2 } else { -1 };
@@ -534,6 +534,32 @@ fn a_front_end_that_closes_is_told_of_what_is_held_and_one_that_is_gone_is_told_
 }
 
 #[test]
+fn a_front_end_that_has_closed_is_told_the_end_of_all_and_its_pages_are_left_alone() {
+    run(|handle| async move {
+        let mut host = Host::new(&handle, DataPath::Copy);
+        let mut front = host.front(1, 1);
+        host.connect(&[&front]).await;
+        let pages = host.pages(&[7; PAGE], Access::Write);
+        host.disk.waits.set(true);
+        front.put(&front::request(host.abi, 0, 1, 8, &segs(&pages)));
+        front.put(&front::request(host.abi, 1, 2, 16, &segs(&pages)));
+        front.show();
+        host.waiting(2).await;
+        let (disk, sleeper) = (host.disk.clone(), host.handle.clone());
+        host.handle.spawn(async move {
+            sleeper.sleep(Duration::from_millis(5)).await;
+            disk.step_all();
+        });
+        host.leave(Parting::Closed).await;
+        let mut responses = front.responses();
+        responses.sort_unstable();
+        assert_eq!(responses, [(1, 0, -1), (2, 1, 0)]);
+        assert_eq!(host.guest.read(PAGE * pages[0].0, PAGE), vec![7; PAGE]);
+        assert!(!host.has_journal() && !host.device.is_connected());
+    });
+}
+
+#[test]
 fn of_a_guest_that_dies_under_load_nothing_stays_mapped() {
     for (data, persistent) in ways() {
         run(|handle| async move {
@@ -739,7 +765,7 @@ fn a_disk_that_fails_a_flush_is_asked_for_no_other_where_nobody_would_hear_of_it
         host.connect(&[&front]).await;
         host.disk.fails(|op| (op.kind() == OpKind::Flush).then_some(Errno::EIO));
         front.ask(&front::request(host.abi, 3, 1, u64::MAX, &[]));
-        assert_eq!(host.responses(&mut front, 1).await, [(1, 3, -1)]);
+        assert_eq!(host.responses(&mut front, 1).await, [(1, 3, -3)]);
         host.quiet().await;
         assert_eq!(host.disk.take_asked().len(), 1);
         host.leave(Parting::Tell).await;

@@ -254,3 +254,58 @@ fn a_barrier_that_is_half_done_when_the_disk_is_left_ends_as_was_said() {
         });
     }
 }
+
+#[test]
+fn what_waits_behind_a_barrier_when_the_disk_is_closed_is_told_too() {
+    for how in [Parting::Tell, Parting::Closed] {
+        run(move |handle| async move {
+            let mut host = Host::new(&handle, DataPath::Copy);
+            let mut front = host.front(1, 1);
+            host.connect(&[&front]).await;
+            let pages = segs(&host.pages(&[7; PAGE], Access::Write));
+            host.disk.waits.set(true);
+            front.put(&front::request(host.abi, 2, 1, 8, &pages));
+            front.put(&front::request(host.abi, 1, 2, 8, &pages));
+            front.put(&front::request(host.abi, 3, 3, u64::MAX, &[]));
+            front.put(&front::request(host.abi, 2, 4, u64::MAX, &[]));
+            front.show();
+            host.waiting(1).await;
+            let (disk, sleeper) = (host.disk.clone(), host.handle.clone());
+            host.handle.spawn(async move {
+                sleeper.sleep(Duration::from_millis(5)).await;
+                disk.step(0);
+            });
+            host.leave(how).await;
+            assert_eq!(front.responses(), [(1, 2, -1), (2, 1, -1), (3, 3, -3), (4, 2, -3)]);
+            assert_eq!(host.disk.take_asked(), ["flush"], "nothing else is begun");
+        });
+    }
+}
+
+#[test]
+fn a_ring_full_of_barriers_lets_another_rings_request_through() {
+    run(|handle| async move {
+        let mut host = Host::new(&handle, DataPath::Copy);
+        let (mut first, mut second) = (host.front(1, 1), host.front(2, 1));
+        host.connect(&[&first, &second]).await;
+        let pages = segs(&host.pages(&[7; PAGE], Access::Write));
+        host.disk.waits.set(true);
+        for id in 1..=4 {
+            first.put(&front::request(host.abi, 2, id, u64::MAX, &[]));
+        }
+        first.show();
+        host.waiting(1).await;
+        second.ask(&front::request(host.abi, 0, 9, 8, &pages));
+        // The first barrier ends, and then both the next one and the read are with the disk.
+        host.disk.step(0);
+        host.waiting(2).await;
+        let asked = host.disk.take_asked();
+        assert_eq!(asked.len(), 3, "{asked:?}");
+        assert!(asked[1..].iter().any(|op| op.starts_with("read")), "{asked:?}");
+        host.disk.waits.set(false);
+        host.disk.step_all();
+        assert_eq!(host.responses(&mut first, 4).await.len(), 4);
+        assert_eq!(host.responses(&mut second, 1).await, [(9, 0, 0)]);
+        host.leave(Parting::Tell).await;
+    });
+}
