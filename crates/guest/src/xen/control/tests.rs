@@ -465,12 +465,25 @@ fn a_successor_goes_on_with_what_the_guest_was_told() {
     store.write(&format!("{BACK}/sectors"), "1024");
     let second = attend(&store, settings(), LIMITS);
     second.back("sectors", "131072");
+    assert_eq!(store.read(&format!("{BACK}/sector-size")).as_deref(), Some("4096"));
+    // Only when it comes anew it is told of ours.
+    second.front("state", "6");
+    second.back("state", "6");
+    second.front("state", "1");
+    second.handshake();
     second.orders.give(Order::Stop);
     let (end, calls) = second.end();
     assert_eq!(end, None);
     let offered = Offered { flush_cache: true, barrier: false, discard: false, indirect: 0, block: 4096 };
-    assert_eq!(calls, [Call::Connect(Connection { offered, start: Start::TakeOver, ..connection(8, 15) })]);
-    assert_eq!(store.read(&format!("{BACK}/sector-size")).as_deref(), Some("4096"));
+    assert_eq!(
+        calls,
+        [
+            Call::Connect(Connection { offered, start: Start::TakeOver, ..connection(8, 15) }),
+            Call::Disconnect(Parting::Forget),
+            Call::Connect(connection(8, 15)),
+        ]
+    );
+    assert_eq!(store.read(&format!("{BACK}/sector-size")).as_deref(), Some("512"));
 }
 
 #[test]
