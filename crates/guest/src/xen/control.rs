@@ -301,6 +301,10 @@ impl<R: Rings> Control<R> {
         let (domain, device) = (self.settings.domain, self.settings.device);
         let mut nodes = Nodes::find(client, domain, device, &self.settings.kind)?;
         if !client.is_introduced(domain)? {
+            if client.now().read(&nodes.back("state"))?.is_some() {
+                // It died while nobody served it: what it has left is cleared away by the first look.
+                return Ok(Some(nodes));
+            }
             return Err(Failure::Words(format!(
                 "there is no domain {domain}: `xl list` shows those there are"
             )));

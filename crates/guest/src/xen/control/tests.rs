@@ -415,6 +415,19 @@ fn a_guest_that_dies_in_use_is_forgotten() {
 }
 
 #[test]
+fn what_a_guest_has_left_that_died_while_nobody_served_it_is_cleared_away() {
+    let disk = Attended::start();
+    disk.handshake();
+    disk.orders.give(Order::Stop);
+    let store = disk.store.clone();
+    disk.end();
+    store.release(GUEST);
+    store.remove("/local/domain/5");
+    assert_eq!(attend(&store, settings(), LIMITS).end(), (Some(End::GuestGone), vec![]));
+    assert_eq!(store.read(BACK), None);
+}
+
+#[test]
 fn a_disk_that_a_toolstack_takes_away_by_force_is_answered_first() {
     let disk = Attended::start();
     disk.handshake();
