@@ -176,8 +176,9 @@ pub(super) struct Control<R> {
     has_offered: bool,
     has_seen_front: bool,
     is_retired: bool,
-    /// Sectors that the guest was told of last.
+    /// Sectors that the guest was told of last, and bytes of a block: a predecessor may have told it of others than ours.
     sectors_told: u64,
+    block_told: u32,
     complaints: Complaints,
     since: Instant,
     turns: Turns,
@@ -204,6 +205,7 @@ impl<R: Rings> Control<R> {
             has_seen_front: false,
             is_retired: false,
             sectors_told: 0,
+            block_told: 0,
             complaints: Complaints::default(),
             since: Instant::now(),
             turns: Turns::new(CONNECTIONS, TURN),
@@ -299,6 +301,10 @@ impl<R: Rings> Control<R> {
         let (domain, device) = (self.settings.domain, self.settings.device);
         let mut nodes = Nodes::find(client, domain, device, &self.settings.kind)?;
         if !client.is_introduced(domain)? {
+            if client.now().read(&nodes.back("state"))?.is_some() {
+                // It died while nobody served it: what it has left is cleared away by the first look.
+                return Ok(Some(nodes));
+            }
             return Err(Failure::Words(format!(
                 "there is no domain {domain}: `xl list` shows those there are"
             )));
@@ -626,7 +632,7 @@ impl<R: Rings> Control<R> {
         if view.read(&nodes.back("physical-device-path"))?.is_none() {
             values.push(("physical-device-path", nodes::identity(&self.settings)));
         }
-        self.sectors_told = sectors;
+        (self.sectors_told, self.block_told) = (sectors, block);
         Ok(values)
     }
 
@@ -674,8 +680,7 @@ impl<R: Rings> Control<R> {
         let size = self.rings.connect(connection).map_err(|error| not_taken_over(&error))?;
         self.connected(size);
         self.has_offered = true;
-        self.settings.block = block;
-        self.sectors_told = told;
+        (self.sectors_told, self.block_told) = (told, block);
         let pid = std::process::id().to_string();
         client.transaction(|view| {
             if view.read(&nodes.back("state"))?.is_none() {
@@ -690,7 +695,7 @@ impl<R: Rings> Control<R> {
 
     /// Lets the guest know if the disk has grown: the size, then our state once more.
     fn tell_size(&mut self, client: &mut Client, nodes: &Nodes) -> Result<(), Failure> {
-        let sectors = self.sectors(self.settings.block);
+        let sectors = self.sectors(self.block_told);
         if !self.is_connected || sectors <= self.sectors_told {
             return Ok(());
         }

@@ -415,6 +415,19 @@ fn a_guest_that_dies_in_use_is_forgotten() {
 }
 
 #[test]
+fn what_a_guest_has_left_that_died_while_nobody_served_it_is_cleared_away() {
+    let disk = Attended::start();
+    disk.handshake();
+    disk.orders.give(Order::Stop);
+    let store = disk.store.clone();
+    disk.end();
+    store.release(GUEST);
+    store.remove("/local/domain/5");
+    assert_eq!(attend(&store, settings(), LIMITS).end(), (Some(End::GuestGone), vec![]));
+    assert_eq!(store.read(BACK), None);
+}
+
+#[test]
 fn a_disk_that_a_toolstack_takes_away_by_force_is_answered_first() {
     let disk = Attended::start();
     disk.handshake();
@@ -465,12 +478,25 @@ fn a_successor_goes_on_with_what_the_guest_was_told() {
     store.write(&format!("{BACK}/sectors"), "1024");
     let second = attend(&store, settings(), LIMITS);
     second.back("sectors", "131072");
+    assert_eq!(store.read(&format!("{BACK}/sector-size")).as_deref(), Some("4096"));
+    // Only when it comes anew it is told of ours.
+    second.front("state", "6");
+    second.back("state", "6");
+    second.front("state", "1");
+    second.handshake();
     second.orders.give(Order::Stop);
     let (end, calls) = second.end();
     assert_eq!(end, None);
     let offered = Offered { flush_cache: true, barrier: false, discard: false, indirect: 0, block: 4096 };
-    assert_eq!(calls, [Call::Connect(Connection { offered, start: Start::TakeOver, ..connection(8, 15) })]);
-    assert_eq!(store.read(&format!("{BACK}/sector-size")).as_deref(), Some("4096"));
+    assert_eq!(
+        calls,
+        [
+            Call::Connect(Connection { offered, start: Start::TakeOver, ..connection(8, 15) }),
+            Call::Disconnect(Parting::Forget),
+            Call::Connect(connection(8, 15)),
+        ]
+    );
+    assert_eq!(store.read(&format!("{BACK}/sector-size")).as_deref(), Some("512"));
 }
 
 #[test]
