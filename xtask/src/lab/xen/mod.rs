@@ -29,9 +29,9 @@ use std::path::PathBuf;
 /// Which of it, with what.
 #[derive(Args, Clone)]
 pub(crate) struct Xen {
-    /// Only the scenarios whose name contains this.
+    /// Only the scenarios whose name contains this. May be given several times.
     #[arg(long, value_name = "WORD")]
-    only: Option<String>,
+    only: Vec<String>,
     /// What serves the disks. The kernel's own back end is here to prove the scenarios, where it can.
     #[arg(long, value_enum, default_value = "tapdisk")]
     server: server::Kind,
@@ -53,7 +53,7 @@ impl Xen {
     /// The scenarios as `ci` runs them.
     pub(crate) fn of_tapdisk() -> Xen {
         Xen {
-            only: None,
+            only: Vec::new(),
             server: server::Kind::Tapdisk,
             program: None,
             seed: 1,
@@ -67,7 +67,7 @@ impl Xen {
     }
 
     fn wants(&self, scenario: &str) -> bool {
-        self.only.as_ref().is_none_or(|word| scenario.contains(word.as_str()))
+        self.only.is_empty() || self.only.iter().any(|word| scenario.contains(word.as_str()))
     }
 }
 
