@@ -331,7 +331,8 @@ impl Served {
         self.way.end();
         let outcome = self.end(Message::Drop);
         self.world.kill_back_ends();
-        outcome
+        // Should it have found out that its store is gone, it has told nobody any more.
+        Outcome { end: None, ..outcome }
     }
 
     /// Lets the disk do what storage works on, and not what is held.
