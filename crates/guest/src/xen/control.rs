@@ -176,6 +176,8 @@ pub(super) struct Control<R> {
     has_offered: bool,
     has_seen_front: bool,
     is_retired: bool,
+    /// A takeover at state 5 was refused: the front end is waited for.
+    has_given_up: bool,
     /// Sectors that the guest was told of last, and bytes of a block: a predecessor may have told it of others than ours.
     sectors_told: u64,
     block_told: u32,
@@ -204,6 +206,7 @@ impl<R: Rings> Control<R> {
             has_offered: false,
             has_seen_front: false,
             is_retired: false,
+            has_given_up: false,
             sectors_told: 0,
             block_told: 0,
             complaints: Complaints::default(),
@@ -456,7 +459,16 @@ impl<R: Rings> Control<R> {
                     }
                     self.connect(client, nodes)?;
                 }
-                Step::TakeOver => self.take_over(client, nodes)?,
+                Step::TakeOver => match self.take_over(client, nodes) {
+                    Err(Failure::Words(why)) if situation.back == Said::State(State::Closing) => {
+                        tracing::warn!(
+                            why,
+                            "the guest is asked to close the disk, and is not served until then"
+                        );
+                        self.has_given_up = true;
+                    }
+                    other => other?,
+                },
                 Step::Close => self.put(client, nodes, &[], State::Closing)?,
                 Step::Closed => {
                     self.disconnect(parting(situation.front));
@@ -493,6 +505,7 @@ impl<R: Rings> Control<R> {
             offered: self.has_offered,
             front_was_there: self.has_seen_front,
             retired: self.is_retired,
+            given_up: self.has_given_up,
         };
         self.has_seen_front |= front != Said::Absent;
         Ok(situation)
@@ -507,7 +520,9 @@ impl<R: Rings> Control<R> {
         state: State,
     ) -> Result<(), Failure> {
         client.transaction(|view| {
-            if view.read(&nodes.back("state"))?.is_none() {
+            let Some(now) = view.read(&nodes.back("state"))? else { return Ok(()) };
+            // A toolstack takes the disk away meanwhile: the next look sees to that.
+            if state < State::Closing && now == State::Closing.text() {
                 return Ok(());
             }
             for (key, value) in values {

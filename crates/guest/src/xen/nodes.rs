@@ -124,7 +124,8 @@ impl Nodes {
                 view.make(path)?;
                 view.set_permissions(path, &[permit(owner, Access::None), permit(reader, Access::Read)])?;
             }
-            Ok(())
+            // Who dies between this and what follows can be told from a toolstack.
+            view.write(&self.back(CREATED), "1")
         })?;
         let (device, domain) = (self.device.to_string(), self.domain.to_string());
         let image = identity(settings);

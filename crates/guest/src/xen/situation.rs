@@ -42,6 +42,8 @@ pub(crate) struct Situation {
     pub(crate) front_was_there: bool,
     /// No front end is to be connected any more, since a sync has failed.
     pub(crate) retired: bool,
+    /// What a predecessor has left of a disk that is closing cannot be gone on with.
+    pub(crate) given_up: bool,
 }
 
 /// What is to be done next. Each is followed by another look.
@@ -116,6 +118,9 @@ pub(crate) fn judge(situation: &Situation) -> Step {
         },
         State::Closing => match front {
             State::Closed | State::Initialising => Step::Closed,
+            State::Connected | State::Closing if !situation.connected && !situation.given_up => {
+                Step::TakeOver
+            }
             // It may go on asking until it has closed.
             State::InitWait
             | State::Initialised
@@ -172,6 +177,7 @@ mod tests {
         offered: false,
         front_was_there: true,
         retired: false,
+        given_up: false,
     };
 
     fn at(back: u8, front: u8) -> Situation {
@@ -197,7 +203,7 @@ mod tests {
             (1, [Offer, Offer, Offer, Offer, Offer, Offer, Offer, Offer]),
             (2, [Wait, Wait, Connect, Connect, Close, Closed, Wait, Wait]),
             (4, [Closed, Wait, TakeOver, TakeOver, Close, Closed, Wait, Wait]),
-            (5, [Closed, Wait, Wait, Wait, Wait, Closed, Wait, Wait]),
+            (5, [Closed, Wait, Wait, TakeOver, TakeOver, Closed, Wait, Wait]),
             (6, [Offer, Wait, Wait, Wait, Wait, Wait, Wait, Wait]),
         ] {
             for (index, step) in steps.into_iter().enumerate() {
@@ -205,7 +211,7 @@ mod tests {
                 assert_eq!(judge(&at(back, front)), step, "we are at {back}, the front end at {front}");
                 let connected = Situation { connected: true, ..at(back, front) };
                 let step = match (back, step) {
-                    (4, TakeOver) => Wait,
+                    (4 | 5, TakeOver) => Wait,
                     (6, _) => Closed,
                     (_, step) => step,
                 };

@@ -492,7 +492,7 @@ fn a_successor_goes_on_with_what_the_guest_was_told() {
         calls,
         [
             Call::Connect(Connection { offered, start: Start::TakeOver, ..connection(8, 15) }),
-            Call::Disconnect(Parting::Forget),
+            Call::Disconnect(Parting::Closed),
             Call::Connect(connection(8, 15)),
         ]
     );
