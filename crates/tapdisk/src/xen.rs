@@ -97,6 +97,9 @@ impl Prepared {
             handle.spawn(async move {
                 ended(match server.ended().await {
                     End::Detached | End::GuestGone => None,
+                    End::Taken => {
+                        Some(format!("{asked}: a sync has failed, and the disk was taken from the guest"))
+                    }
                     End::Failed(why) => Some(format!("{asked}: {why}")),
                 });
             });

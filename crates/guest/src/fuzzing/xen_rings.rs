@@ -1,5 +1,6 @@
 //! Any bytes as a ring of a Xen guest: as its requests, and as the pages that they name.
 
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,8 +24,6 @@ const OTHER: usize = 0;
 const DATA: usize = 1;
 const DATA_PAGES: usize = 8;
 const RING: usize = DATA + DATA_PAGES;
-/// Under numbers that nobody can aim at.
-const HIDDEN: u32 = 0x4000_0000;
 /// Of ring.h and blkif.h.
 const REQ_PROD: usize = 0;
 const REQ_EVENT: usize = 4;
@@ -147,8 +146,11 @@ impl Front {
             let access = if page < DATA_PAGES - 2 { Access::Write } else { Access::Read };
             guest.grant(DATA + page, access);
         }
+        // Numbers that nobody can aim at: a hasher's keys are random, and new in each process. A request that named the
+        // other ring's page would have the disk's bytes put there.
+        let secret = (RandomState::new().hash_one(0) as u32 | 1 << 30) & !(1 << 31 | 0x1f);
         let hidden = |number: usize, page: usize| {
-            let gref = GrantRef(HIDDEN + number as u32);
+            let gref = GrantRef(secret + number as u32);
             guest.grant_as(gref, page, Access::Write);
             gref
         };

@@ -32,8 +32,11 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// How long after a failure the store is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 /// So many connections may come at once; then there is one in each [`TURN`].
-const TURNS: u32 = 32;
+const CONNECTIONS: u32 = 32;
 const TURN: Duration = Duration::from_millis(100);
+/// The same of looks at the store.
+const LOOKS: u32 = 256;
+const LOOK: Duration = Duration::from_millis(5);
 /// Steps that one look may lead to. More than the table of states needs: then a guest keeps changing its own.
 const STEPS_MAX: u32 = 16;
 
@@ -49,6 +52,8 @@ pub enum End {
     Detached,
     /// The guest is no more.
     GuestGone,
+    /// A sync has failed, and so it was taken from the guest, as was asked for.
+    Taken,
     /// It cannot be served: why, and what to do.
     Failed(String),
 }
@@ -176,6 +181,7 @@ pub(super) struct Control<R> {
     complaints: Complaints,
     since: Instant,
     turns: Turns,
+    looks: Turns,
 }
 
 impl<R: Rings> Control<R> {
@@ -200,7 +206,8 @@ impl<R: Rings> Control<R> {
             sectors_told: 0,
             complaints: Complaints::default(),
             since: Instant::now(),
-            turns: Turns { left: TURNS, since: Instant::now() },
+            turns: Turns::new(CONNECTIONS, TURN),
+            looks: Turns::new(LOOKS, LOOK),
         }
     }
 
@@ -249,13 +256,18 @@ impl<R: Rings> Control<R> {
         client.watch(&nodes.front("state"), "front")?;
         client.watch("@releaseDomain", "domain")?;
         loop {
-            // Whatever has come is seen by the look that follows.
-            while client.event().is_some() {}
             if self.obey() {
                 return Ok(None);
             }
+            // Whatever has come is seen by the look that follows.
+            while client.event().is_some() {}
+            if let Some(time) = self.looks.take() {
+                // A guest can change its state much faster than it can be looked at.
+                self.orders.wait(time);
+                continue;
+            }
             let (end, time) = self.look(&mut client, &nodes)?;
-            if end.is_some() {
+            if end.is_some() || self.is_stopped() {
                 return Ok(end);
             }
             client.wait(self.orders.bell(), time)?;
@@ -264,6 +276,9 @@ impl<R: Rings> Control<R> {
 
     /// Takes the orders that have come; whether one is to stop.
     fn obey(&mut self) -> bool {
+        if self.is_stopped() {
+            return true;
+        }
         while let Some(order) = self.orders.take() {
             match order {
                 Order::Stop => {
@@ -419,6 +434,9 @@ impl<R: Rings> Control<R> {
         nodes: &Nodes,
     ) -> Result<(Option<End>, Option<Duration>), Failure> {
         for _ in 0..STEPS_MAX {
+            if self.is_stopped() {
+                return Ok((None, None));
+            }
             let situation = self.survey(client, nodes)?;
             match judge(&situation) {
                 Step::Wait => {
@@ -446,7 +464,7 @@ impl<R: Rings> Control<R> {
                     );
                     self.disconnect(if waits { Parting::Tell } else { Parting::Forget });
                     self.leave(client, nodes)?;
-                    let end = if self.is_retired { retired() } else { End::Detached };
+                    let end = if self.is_retired { End::Taken } else { End::Detached };
                     return Ok((Some(end), None));
                 }
                 Step::Bury => {
@@ -543,6 +561,8 @@ impl<R: Rings> Control<R> {
         let (abi, persistent) = (connection.abi, connection.persistent);
         match self.rings.connect(connection) {
             Ok(size) => self.connected(size),
+            // Nothing is connected any more when we are to stop, and a successor will be.
+            Err(_stopping) if self.obey() => return Ok(()),
             Err(error) => return self.refuse(client, nodes, &error),
         }
         let values = self.values(client, nodes, &offered)?;
@@ -716,11 +736,6 @@ impl<R: Rings> Control<R> {
     }
 }
 
-fn retired() -> End {
-    let what = "a sync of the image has failed, and the disk was taken from the guest, as was asked for";
-    End::Failed(what.into())
-}
-
 fn not_taken_over(why: &str) -> Failure {
     Failure::Words(format!(
         "the guest uses this disk, but its rings cannot be taken over: {why}. Detach the disk (tapdisk detach, or \
@@ -738,20 +753,28 @@ fn is_another_of_us(pid: u32) -> bool {
     pid != ours && !matches!(state, None | Some('Z' | 'X')) && name(pid).is_some() && name(pid) == name(ours)
 }
 
-/// Connections that a front end may make: each costs much more than it costs the guest.
+/// How often a guest may make us do something that costs us much more than it costs the guest.
 struct Turns {
+    most: u32,
+    every: Duration,
     left: u32,
     since: Instant,
 }
 
 impl Turns {
+    /// So many at once, and then one for each of these times.
+    fn new(most: u32, every: Duration) -> Turns {
+        Turns { most, every, left: most, since: Instant::now() }
+    }
+
     /// Takes one, or says how long to wait for it.
     fn take(&mut self) -> Option<Duration> {
-        let gained = u32::try_from(self.since.elapsed().as_nanos() / TURN.as_nanos()).unwrap_or(TURNS);
-        self.left = self.left.saturating_add(gained).min(TURNS);
-        self.since = if self.left == TURNS { Instant::now() } else { self.since + TURN * gained };
+        let gained =
+            u32::try_from(self.since.elapsed().as_nanos() / self.every.as_nanos()).unwrap_or(self.most);
+        self.left = self.left.saturating_add(gained).min(self.most);
+        self.since = if self.left == self.most { Instant::now() } else { self.since + self.every * gained };
         if self.left == 0 {
-            return Some(TURN.saturating_sub(self.since.elapsed()).max(Duration::from_millis(1)));
+            return Some(self.every.saturating_sub(self.since.elapsed()).max(Duration::from_millis(1)));
         }
         self.left -= 1;
         None

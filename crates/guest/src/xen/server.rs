@@ -127,7 +127,7 @@ impl Server {
     /// Takes nothing more, and waits until all that the storage works on is answered and the guest's memory is let go of.
     ///
     /// Requests that are held stay in the journal, and the xenstore as it is, for whoever serves the guest next. True if
-    /// there is such a guest.
+    /// there is such a guest, or may be.
     pub async fn drain(&self) -> bool {
         self.0.orders.give(Order::Stop);
         self.0.closing.happen();
@@ -143,7 +143,8 @@ impl Shared {
         loop {
             match self.closing.or(jobs.receive()).await {
                 Some(Job::End(end)) => {
-                    // A guest that is left at a failure is one for a successor; in order, nothing is left.
+                    // After a failure a guest may live on that a predecessor or we have served. In order, nothing is left.
+                    self.lives_on.set(matches!(end, Some(End::Failed(_))));
                     self.device.disconnect(Parting::Leave).await;
                     *self.end.borrow_mut() = end;
                     return;

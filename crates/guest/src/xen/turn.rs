@@ -178,8 +178,8 @@ impl Run {
     fn provide(&self, verdict: Verdict, job: &mut Job, flight: &mut Flight) {
         let durable = self.common.is_durable();
         let write = |span: Span, fua: bool, flight: &mut Flight| {
-            let buf = self.data.place(&flight.pieces, span.len() as usize, Direction::FromGuest);
-            let (buf, place) = buf;
+            let len = span.len() as usize;
+            let (buf, place) = self.data.place(&flight.pieces, len, Direction::FromGuest);
             flight.place = place;
             Op::Write { at: span.at(), buf, fua }
         };

@@ -6,5 +6,6 @@ mod disk;
 mod serve;
 
 mod data;
+mod hostile;
 mod life;
 mod takeover;

@@ -112,14 +112,21 @@ struct Way {
 
 impl Connect for Way {
     fn connect(&self) -> Result<OwnedFd, ConnectError> {
-        match &mut *self.open.lock().unwrap() {
-            Some(open) => {
-                let connection = self.store.connect()?;
-                open.push(connection.try_clone().unwrap());
-                Ok(connection)
-            }
-            None => Err(ConnectError { tried: Vec::new() }),
-        }
+        let mut open = self.open.lock().unwrap();
+        let Some(connections) = &mut *open else {
+            drop(open);
+            is_dead();
+        };
+        let connection = self.store.connect()?;
+        connections.push(connection.try_clone().unwrap());
+        Ok(connection)
+    }
+}
+
+/// A thread of a process that is dead does nothing any more.
+fn is_dead() -> ! {
+    loop {
+        std::thread::park();
     }
 }
 
@@ -321,8 +328,8 @@ impl Served {
 
     /// Ends it without a word, as SIGKILL does: nothing of it runs any more, and its kernel cleans up.
     pub(crate) fn kill(mut self) -> Outcome {
-        let outcome = self.end(Message::Drop);
         self.way.end();
+        let outcome = self.end(Message::Drop);
         self.world.kill_back_ends();
         outcome
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blkfront::{Abi, Driver, Request, Wish, state, status};
+use blkfront::{Abi, Driver, Front, Request, Wish, state, status};
 use block::{Errno, OpKind};
 use guest::xen::{DataPath, Features};
 
@@ -280,5 +280,31 @@ fn a_guest_that_has_died_while_nobody_served_it_is_let_go() {
         assert!(outcome.end.is_some());
         let counts = host.world.counts();
         assert_eq!((counts.mapped, counts.bound), (0, 0));
+    }
+}
+
+#[test]
+fn a_back_end_that_ends_in_the_middle_of_the_handshake_is_followed_by_one_that_goes_on() {
+    for round in 0..24_u64 {
+        let host = Host::new();
+        let served = host.serve(Plan::default());
+        // It ends before the guest comes, while the rings are being connected, or soon after.
+        let mut front = Front::prepare(&host.store, &host.guest, &host.nodes, &Wish::default()).unwrap();
+        if round % 4 > 0 {
+            front.set_state(state::INITIALISED).unwrap();
+            std::thread::sleep(Duration::from_micros(round * 150));
+        }
+        WAYS[round as usize % 2](served);
+        if round % 4 == 0 {
+            front.set_state(state::INITIALISED).unwrap();
+        }
+        let _served = host.serve(Plan::default());
+        if let Err(error) = front.finish() {
+            panic!("round {round}: {error}");
+        }
+        let read = front.driver.ask(&Request::read(0, 4096)).unwrap();
+        assert!(read.status == status::OKAY && read.bytes == fresh(0, 4096), "round {round}");
+        front.shut_down().unwrap();
+        host.assert_let_go();
     }
 }

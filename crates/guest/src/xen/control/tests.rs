@@ -577,8 +577,7 @@ fn a_failed_sync_takes_the_disk_away_if_that_is_asked_for() {
     disk.back("state", "5");
     disk.front("state", "6");
     let store = disk.store.clone();
-    let failure = disk.failure();
-    assert!(failure.contains("sync"), "{failure}");
+    assert_eq!(disk.end().0, Some(End::Taken));
     assert_eq!(store.read(BACK), None);
 
     let disk = Attended::start();
@@ -629,6 +628,29 @@ fn who_copies_asks_for_no_grants_that_stay() {
             [Call::Connect(Connection { persistent: false, ..connection(8, 15) })]
         );
     }
+}
+
+/// A server that is being stopped connects nobody, which is no fault of the front end.
+#[test]
+fn a_handshake_that_meets_the_end_is_left_for_a_successor() {
+    let record = Record::default();
+    let (store, mut orders) = (store(), None);
+    *record.failure.lock().unwrap() = Some("tapdisk ends".into());
+    let disk = attend_with(&store, settings(), LIMITS, record.clone());
+    disk.back("state", "2");
+    disk.ring("8", "15");
+    // The order is there when the rings are refused.
+    let calls = record.calls.lock().unwrap();
+    disk.front("state", "3");
+    disk.orders.give(Order::Stop);
+    drop(calls);
+    let Attended { orders: given, thread, .. } = disk;
+    orders.replace(given);
+    assert_eq!(thread.join().unwrap(), None);
+    assert_eq!(store.read(&format!("{BACK}/state")).as_deref(), Some("2"));
+    *record.failure.lock().unwrap() = None;
+    let successor = attend_with(&store, settings(), LIMITS, record);
+    successor.back("state", "4");
 }
 
 #[test]

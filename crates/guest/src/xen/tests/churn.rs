@@ -8,8 +8,8 @@ use ::xen::grants::Access;
 
 use super::super::DataPath;
 use super::super::device::{Parting, Start};
-use super::device::{Host, run, segs};
 use super::front::{self, Front, Seg};
+use super::host::{Host, run, segs};
 
 /// A descriptor or a mapping that were lost each time would be more than a process may have.
 const ROUNDS: usize = 10_000;

@@ -1,185 +1,20 @@
 //! A whole device, with its tasks on a real io_uring: what a front end asks for and gets, however it is left.
 
 use std::cell::RefCell;
-use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ::xen::fake::{Counts, Deed, Fate, Guest, World};
+use ::xen::PAGE;
+use ::xen::fake::{Deed, Fate};
 use ::xen::grants::{Access, GrantRef};
-use ::xen::{Domain, PAGE};
-use block::{Errno, Op, OpKind, Pool};
-use runtime::{Handle, RingFlags, Runtime, Uring};
+use block::{Errno, Op, OpKind};
 
-use super::super::device::{ConnectError, Connection, Device, Offered, Parting, Start};
+use super::super::device::{ConnectError, Parting, Start};
 use super::super::journal::JournalError;
 use super::super::layout::Abi;
-use super::super::{DataPath, Features, OnFailedSync, Settings};
-use super::disk::{Handed, ModelDisk};
-use super::front::{self, Front, Response, Seg};
-
-pub(super) const MIB: u64 = 1 << 20;
-pub(super) const OFFERED: Offered =
-    Offered { flush_cache: true, barrier: true, discard: true, indirect: 256, block: 512 };
-/// Where a guest's data starts, behind its rings.
-const DATA_PAGE: usize = 64;
-
-pub(super) fn run<F: Future<Output = ()> + 'static>(test: impl FnOnce(Handle) -> F) {
-    let handle = run_with_panics(test);
-    assert_eq!(handle, 0);
-}
-
-/// How many tasks have panicked.
-fn run_with_panics<F: Future<Output = ()> + 'static>(test: impl FnOnce(Handle) -> F) -> u64 {
-    let pool = Pool::new(64 << 10);
-    let uring = Uring::open(RingFlags::Auto, &pool).expect("these tests need io_uring");
-    let runtime = Runtime::new(Box::new(uring), pool);
-    let future = test(runtime.handle().clone());
-    runtime.block_on(future);
-    runtime.handle().panics()
-}
-
-/// A guest, its disk, and the device between the two.
-pub(super) struct Host {
-    pub(super) handle: Handle,
-    pub(super) world: World,
-    pub(super) guest: Guest,
-    pub(super) disk: Rc<ModelDisk>,
-    pub(super) device: Rc<Device>,
-    pub(super) settings: Settings,
-    pub(super) offered: Offered,
-    pub(super) persistent: bool,
-    pub(super) abi: Abi,
-    directory: tempfile::TempDir,
-    /// The next page of data that was not used.
-    page: usize,
-}
-
-impl Host {
-    pub(super) fn new(handle: &Handle, data: DataPath) -> Host {
-        let world = World::new();
-        let guest = world.domain(Domain(5), 4096);
-        let disk = ModelDisk::new(4 * MIB);
-        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let settings = Settings {
-            name: "disk".into(),
-            domain: guest.domain(),
-            device: 51728,
-            kind: "vbd3".into(),
-            create_nodes: false,
-            features: Features::default(),
-            queues: 4,
-            block: 512,
-            data,
-            on_failed_sync: OnFailedSync::FailWrites,
-            memory: 0,
-            journals: directory.path().into(),
-            image: None,
-        };
-        let device = Host::device(handle, &disk, &world, &settings);
-        let (offered, persistent, abi) = (OFFERED, false, Abi::X86_64);
-        let (handle, page) = (handle.clone(), DATA_PAGE);
-        Host { handle, world, guest, disk, device, settings, offered, persistent, abi, directory, page }
-    }
-
-    fn device(handle: &Handle, disk: &Rc<ModelDisk>, world: &World, settings: &Settings) -> Rc<Device> {
-        let disk = Rc::new(Handed(disk.clone()));
-        Device::new(handle, disk, world.grants(), world.events(), Rc::new(settings.clone()))
-    }
-
-    /// A process that was killed is gone with its mappings and channels, and says nothing; another one comes.
-    pub(super) async fn kill(&mut self) {
-        let device = Host::device(&self.handle, &self.disk, &self.world, &self.settings);
-        drop(std::mem::replace(&mut self.device, device));
-        self.disk.lose();
-        self.handle.turn().await;
-        self.is_clean();
-    }
-
-    /// A ring in so many pages.
-    pub(super) fn front(&self, first_page: usize, pages: usize) -> Front {
-        Front::new(&self.guest, self.abi, first_page, pages, 0)
-    }
-
-    pub(super) async fn try_connect(&self, fronts: &[&Front], start: Start) -> Result<(), ConnectError> {
-        let connection = Connection {
-            domain: self.guest.domain(),
-            abi: self.abi,
-            rings: fronts.iter().map(|front| front.spec()).collect(),
-            offered: self.offered,
-            persistent: self.persistent,
-            start,
-        };
-        self.device.connect(connection).await
-    }
-
-    pub(super) async fn connect(&self, fronts: &[&Front]) {
-        self.try_connect(fronts, Start::Fresh).await.unwrap();
-    }
-
-    /// Pages with these bytes, granted.
-    pub(super) fn pages(&mut self, bytes: &[u8], access: Access) -> Vec<(usize, GrantRef)> {
-        bytes
-            .chunks(PAGE)
-            .map(|part| {
-                let page = self.page;
-                self.page += 1;
-                self.guest.write(page * PAGE, part);
-                (page, self.guest.grant(page, access))
-            })
-            .collect()
-    }
-
-    /// Waits for a number of responses, as a driver does, and takes them.
-    pub(super) async fn responses(&self, front: &mut Front, count: usize) -> Vec<Response> {
-        let mut responses = Vec::new();
-        for _ in 0..2000 {
-            responses.extend(front.responses());
-            if responses.len() >= count {
-                return responses;
-            }
-            self.handle.sleep(Duration::from_millis(1)).await;
-        }
-        panic!("{} responses after 2 s instead of {count}", responses.len());
-    }
-
-    /// Waits until the disk has so many requests that wait.
-    pub(super) async fn waiting(&self, count: usize) {
-        for _ in 0..2000 {
-            if self.disk.waiting() == count {
-                return;
-            }
-            self.handle.sleep(Duration::from_millis(1)).await;
-        }
-        panic!("{} requests wait after 2 s instead of {count}", self.disk.waiting());
-    }
-
-    /// Lets what can happen happen.
-    pub(super) async fn quiet(&self) {
-        for _ in 0..5 {
-            self.handle.sleep(Duration::from_millis(1)).await;
-        }
-    }
-
-    pub(super) async fn leave(&self, how: Parting) {
-        self.device.disconnect(how).await;
-        self.is_clean();
-    }
-
-    /// Nothing of the guest's is mapped or bound.
-    pub(super) fn is_clean(&self) {
-        let Counts { mapped, bound, .. } = self.world.counts();
-        assert_eq!((mapped, bound), (0, 0));
-    }
-
-    fn has_journal(&self) -> bool {
-        self.directory.path().join("blkif-5-51728").exists()
-    }
-}
-
-pub(super) fn segs(pages: &[(usize, GrantRef)]) -> Vec<Seg> {
-    pages.iter().map(|(_, gref)| (*gref, 0, 7)).collect()
-}
+use super::super::{DataPath, OnFailedSync};
+use super::front::{self, Front};
+use super::host::{Host, MIB, run, run_with_panics, segs};
 
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|at| (at / 512) as u8 ^ seed ^ (at % 251) as u8).collect()
@@ -510,6 +345,48 @@ fn a_ring_goes_round_many_times_in_each_size() {
             host.leave(Parting::Tell).await;
         });
     }
+}
+
+#[test]
+fn no_event_is_lost_between_two_that_sleep() {
+    run(|handle| async move {
+        let host = Host::new(&handle, DataPath::Auto);
+        let (mut front, mut other) = (host.front(1, 1), host.front(2, 1));
+        host.connect(&[&front, &other]).await;
+        let abi = host.abi;
+        // A guest on a processor of its own, which rings only where it is asked to and sleeps until it is rung for.
+        let drive = move |front: &mut Front, burst: u64| {
+            let mut answered = 0;
+            while answered < 4000 {
+                for nth in 0..=answered % burst {
+                    front.put(&front::request(abi, 3, answered + nth, u64::MAX, &[]));
+                }
+                front.show();
+                while front.out() > 0 {
+                    let responses = front.responses();
+                    answered += responses.len() as u64;
+                    // It has asked to be rung for the next one, and looks once more.
+                    let has_more = front.guest.load(front.at + 8) != front.seen;
+                    if front.out() > 0 && !has_more {
+                        let rung = front.guest.wait(front.port, Duration::from_secs(20));
+                        assert!(
+                            rung > 0,
+                            "nobody has rung for an answer that is there, or the other way round"
+                        );
+                    }
+                }
+            }
+        };
+        let threads = [
+            std::thread::spawn(move || drive(&mut front, 3)),
+            std::thread::spawn(move || drive(&mut other, 7)),
+        ];
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            host.handle.sleep(Duration::from_millis(5)).await;
+        }
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        host.leave(Parting::Tell).await;
+    });
 }
 
 #[test]

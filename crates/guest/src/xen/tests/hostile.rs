@@ -8,8 +8,8 @@ use ::xen::grants::Access;
 
 use super::super::DataPath;
 use super::super::device::{Parting, Start};
-use super::device::{Host, run, segs};
 use super::front;
+use super::host::{Host, run, segs};
 
 #[test]
 fn requests_beyond_the_ring_stop_it_and_no_other() {

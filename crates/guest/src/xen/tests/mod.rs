@@ -6,6 +6,7 @@ mod death;
 mod device;
 mod disk;
 mod front;
+mod host;
 mod hostile;
 mod order;
 mod parts;

@@ -8,8 +8,8 @@ use block::{Errno, Op, OpKind};
 
 use super::super::DataPath;
 use super::super::device::{Parting, Start};
-use super::device::{Host, run, segs};
 use super::front;
+use super::host::{Host, run, segs};
 
 #[test]
 fn earlier_writes_complete_before_a_barrier_and_later_ones_begin_after_it() {
