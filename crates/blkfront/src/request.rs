@@ -32,6 +32,8 @@ pub mod status {
     pub const OKAY: i16 = 0;
     pub const ERROR: i16 = -1;
     pub const EOPNOTSUPP: i16 = -2;
+    /// Not blkif.h's: an empty flush failed, in a way that Linux believes (docs/decisions/0013-failed-flush.md).
+    pub const FAILED: i16 = -3;
 }
 
 /// What is asked for, and how its data lies in pages.

@@ -149,6 +149,8 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         front_doors.into_iter().for_each(|listener| front_ends.listen(listener));
         let messages = mailbox.sender();
         let (guests, started) = guests.start(&handle, &served, move |why| messages.send(Message::GuestEnded(why)));
+        // One that was not begun with waits for the next process, as far as can be told from here.
+        let mut guests_live_on = started.is_err();
         let failed = match started {
             Ok(()) => {
                 announce(&disk, &how, &places);
@@ -157,12 +159,10 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
             Err(error) => Some(format!("{error:#}")),
         };
         // Guests first: what is held for one stays with it for whoever serves it next.
-        let mut guests_live_on = front_ends.drain().await;
+        guests_live_on |= front_ends.drain().await;
         for guest in guests {
             guests_live_on |= guest.drain().await;
         }
-        // One that was lost hold of waits for the next process, as far as can be told from here.
-        guests_live_on |= failed.is_some();
         disk.give_up_held();
         server.drain().await;
         let flushed = disk.close().await;

@@ -11,7 +11,7 @@ use runtime::{BoxFuture, Fd, Handle, join_all};
 
 use super::barrier::Barrier;
 use super::data::Data;
-use super::journal::{Journal, JournalError, Shape};
+use super::journal::{self, Journal, JournalError, Shape};
 use super::layout::{Abi, RING_PAGES_MAX};
 use super::queue::Queue;
 use super::request::Terms;
@@ -340,6 +340,20 @@ impl Device {
             Parting::Leave => {}
             Parting::Tell | Parting::Closed | Parting::Forget => journal.remove(),
         }
+    }
+
+    /// Whether there is a record of what a guest has under way, be it ours or one that a predecessor has left.
+    pub(crate) fn has_journal(&self) -> bool {
+        self.journal_path().exists()
+    }
+
+    /// Removes such a record: nobody waits for what is in it.
+    pub(crate) fn forget(&self) {
+        journal::forget(&self.journal_path());
+    }
+
+    fn journal_path(&self) -> std::path::PathBuf {
+        journal::path(&self.settings.journals, self.settings.domain, self.settings.device)
     }
 
     /// Whether a front end is connected.

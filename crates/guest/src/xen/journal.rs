@@ -39,6 +39,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
+use ::xen::Domain;
 use block::Errno;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 
@@ -108,8 +109,19 @@ pub(crate) struct Shape {
 }
 
 /// Where the journal of this device is.
-pub(crate) fn path(directory: &Path, connection: &Connection, device: u32) -> PathBuf {
-    directory.join(format!("blkif-{}-{device}", connection.domain))
+pub(crate) fn path(directory: &Path, domain: Domain, device: u32) -> PathBuf {
+    directory.join(format!("blkif-{domain}-{device}"))
+}
+
+/// Removes one that nobody needs any more, if it is there.
+pub(crate) fn forget(path: &Path) {
+    match rustix::fs::unlink(path) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(errno) => {
+            let path = path.display();
+            tracing::warn!(%path, %errno, "the record of a guest's requests, which nobody needs any more, stays");
+        }
+    }
 }
 
 /// What tells one connection from any other.
@@ -135,7 +147,7 @@ impl Journal {
         device: u32,
         shapes: &[Shape],
     ) -> Result<Journal, JournalError> {
-        let path = path(directory, connection, device);
+        let path = path(directory, connection.domain, device);
         let file = |what| move |errno: rustix::io::Errno| (what, errno);
         let failed = |(what, errno): (&'static str, rustix::io::Errno)| {
             let errno = Errno::new(errno.raw_os_error()).unwrap_or(Errno::EIO);
@@ -172,7 +184,7 @@ impl Journal {
         device: u32,
         sizes: impl Iterator<Item = u16>,
     ) -> Result<Journal, JournalError> {
-        let path = path(directory, connection, device);
+        let path = path(directory, connection.domain, device);
         let failed = |what: &'static str| {
             let path = path.clone();
             move |error: std::io::Error| JournalError::File { path, what, errno: Errno::from_std(&error) }
@@ -222,10 +234,7 @@ impl Journal {
 
     /// Nobody needs it any more.
     pub(crate) fn remove(self) {
-        if let Err(errno) = rustix::fs::unlink(&self.path) {
-            let path = self.path.display();
-            tracing::warn!(%path, %errno, "the record of a guest's requests, which nobody needs any more, stays");
-        }
+        forget(&self.path);
     }
 }
 

@@ -144,8 +144,12 @@ impl Shared {
             match self.closing.or(jobs.receive()).await {
                 Some(Job::End(end)) => {
                     // After a failure a guest may live on that a predecessor or we have served. In order, nothing is left.
-                    self.lives_on.set(matches!(end, Some(End::Failed(_))));
+                    let is_over = !matches!(end, Some(End::Failed(_)));
+                    self.lives_on.set(!is_over);
                     self.device.disconnect(Parting::Leave).await;
+                    if is_over {
+                        self.device.forget();
+                    }
                     *self.end.borrow_mut() = end;
                     return;
                 }
@@ -153,7 +157,8 @@ impl Shared {
                 None => break,
             }
         }
-        self.lives_on.set(self.device.is_connected());
+        // Also one of a predecessor's that was not taken over yet.
+        self.lives_on.set(self.device.is_connected() || self.device.has_journal());
         self.device.disconnect(Parting::Leave).await;
         self.drained.happen();
         // The handshake may wait for an answer: it gets one, and nothing starts any more.

@@ -256,10 +256,11 @@ impl Asker for Xen {
         }
     }
 
-    /// BLKIF_RSP_ERROR, or EOPNOTSUPP for what a disk may be unable to do.
+    /// BLKIF_RSP_ERROR, EOPNOTSUPP for what a disk may be unable to do, and of a flush what Linux does not take for success.
     fn number(&self, errno: Errno, kind: OpKind) -> u32 {
         match (errno, kind) {
             (Errno::EOPNOTSUPP, OpKind::Discard) => 2,
+            (_, OpKind::Flush) => 3,
             _ => 1,
         }
     }

@@ -374,7 +374,7 @@ fn a_flush_reaches_the_disk_and_what_it_says_reaches_the_guest() {
     let script = |nth: usize, _: &Seen| if nth == 1 { Act::Fail(Errno::EIO) } else { Act::Do };
     with(Plan::scripted(script), &Wish::default(), |front, served| {
         let told: Vec<_> = (0..3).map(|_| ask(&mut front.driver, &Request::flush()).status).collect();
-        assert_eq!(told[..2], [status::OKAY, status::ERROR]);
+        assert_eq!(told[..2], [status::OKAY, status::FAILED]);
         assert!(served.count(OpKind::Flush) >= 3);
     });
 }

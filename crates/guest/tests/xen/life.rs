@@ -329,7 +329,7 @@ fn a_failed_flush_takes_the_disk_away_where_that_is_wished_for() {
     let served = host.serve(plan);
     let mut front = host.connect(&Wish::default());
     assert_eq!(front.driver.ask(&Request::write(0, &[1; 512])).unwrap().status, status::OKAY);
-    assert_eq!(front.driver.ask(&Request::flush()).unwrap().status, status::ERROR, "and it is told");
+    assert_eq!(front.driver.ask(&Request::flush()).unwrap().status, status::FAILED, "and it is told");
     host.wait_for_back("state", state::CLOSING);
     front.follow().unwrap();
     let end = served.wait_for_end().end.unwrap();
@@ -350,7 +350,7 @@ fn a_failed_flush_leaves_the_disk_there_otherwise() {
     };
     let _served = host.serve(Plan::scripted(script));
     let mut front = host.connect(&Wish::default());
-    assert_eq!(front.driver.ask(&Request::flush()).unwrap().status, status::ERROR);
+    assert_eq!(front.driver.ask(&Request::flush()).unwrap().status, status::FAILED);
     assert_serves(&mut front);
     assert_eq!(host.back("state").as_deref(), Some(state::CONNECTED));
 }

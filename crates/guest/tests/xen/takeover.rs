@@ -308,3 +308,17 @@ fn a_back_end_that_ends_in_the_middle_of_the_handshake_is_followed_by_one_that_g
         host.assert_let_go();
     }
 }
+
+#[test]
+fn a_guest_that_is_not_taken_over_yet_lives_on_too() {
+    let host = Host::new();
+    let served = host.serve(Plan::default());
+    let _front = host.connect(&Wish::default());
+    served.kill();
+    for _ in 0..5 {
+        // Told to stop at once: whether or not it came as far as the guest's rings, these are there.
+        let outcome = host.serve(Plan::default()).drain();
+        assert!(outcome.left, "{:?}", outcome.end);
+        assert_eq!(host.back("state").as_deref(), Some(state::CONNECTED));
+    }
+}
