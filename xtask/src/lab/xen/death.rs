@@ -1,6 +1,7 @@
 //! tapdisk is killed and started again while a domain writes, syncs and verifies, domains are destroyed, disks come and
 //! go: nobody else must notice, and nothing may be left behind.
 
+use crate::command::until;
 use crate::lab::ground::MIB;
 use crate::lab::guest_disk::{require_no_fault, write_noise};
 use crate::lab::verifier::Verifier;
@@ -9,7 +10,7 @@ use crate::lab::xen::boot::Boot;
 use crate::lab::xen::domain;
 use crate::lab::xen::ground::Ground;
 use crate::lab::xen::nodes;
-use crate::lab::xen::server::{Plan, Server};
+use crate::lab::xen::server::{PATIENCE, Plan, Server};
 use crate::lab::xen::stage::Stage;
 use crate::model::Numbers;
 use anyhow::{Context, Result, ensure};
@@ -37,6 +38,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario { name: "death: orderly restarts, and the domain does not notice", run: restarted, peer: false },
     Scenario { name: "attach: twenty times, and nothing is left behind", run: attached, peer: true },
+    Scenario {
+        name: "detach: with requests held, and the domain goes on",
+        run: detached_while_held,
+        peer: false,
+    },
     Scenario { name: "attach: before the domain starts", run: attached_early, peer: true },
     Scenario { name: "attach: to nodes that a toolstack wrote", run: attached_to_nodes, peer: false },
     Scenario { name: "reboot: a domain ends by itself, and its disk with it", run: rebooted, peer: true },
@@ -146,6 +152,29 @@ fn attached(boot: &mut Boot<'_>) -> Result<()> {
     let left = boot.run(&format!("xenstore-ls -f | grep {}", nodes::number(DISK)?))?.said;
     ensure!(left.is_empty(), "nodes are left:\n{left}");
     require_no_fault(&mut boot.guest(DOMAIN.name)?)
+}
+
+/// Linux closes its end at once and then waits for each answer, with the thread that attends to all its devices: if one
+/// never came, that domain could not attach or detach a disk any more.
+fn detached_while_held(boot: &mut Boot<'_>) -> Result<()> {
+    boot.need(DOMAIN)?;
+    let plan = plan(boot)?;
+    let server = Server::attach(boot, plan.clone().with("--on-error hold --fault write:EIO"))?;
+    boot.guest(DOMAIN.name)?.sh(&format!(
+        "rm -f /run/held; (head -c 4096 /dev/zero | guest write /dev/{DISK} 0; echo $? > /run/held) \
+         < /dev/null > /dev/null 2>&1 &"
+    ))?;
+    until(PATIENCE, "the write is held", || Ok(server.said(boot)?.contains("requests that fail are held")))?;
+    server.detach(boot)?;
+    let mut status = String::new();
+    until(PATIENCE, "the write has ended", || {
+        status = boot.guest(DOMAIN.name)?.sh("cat /run/held 2> /dev/null || true")?;
+        Ok(!status.is_empty())
+    })?;
+    ensure!(status != "0", "a write that was held went well");
+    let server = Server::attach(boot, plan)?;
+    write_noise(&mut boot.guest(DOMAIN.name)?, DISK, 0, MIB)?;
+    server.detach(boot)
 }
 
 /// Whatever domain there was is gone.

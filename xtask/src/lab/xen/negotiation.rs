@@ -22,10 +22,10 @@ const WIDE: domain::Plan = domain::Plan {
 };
 const DISK: &str = "xvdb";
 
-fn attach(boot: &mut Boot<'_>, features: &str) -> Result<Server> {
+fn attach(boot: &mut Boot<'_>, options: &str) -> Result<Server> {
     boot.need(WIDE)?;
     let image = Ground::on(IMAGES).sparse(boot, "wide.raw", 128 * MIB)?;
-    Server::attach(boot, Plan::new(WIDE.name, DISK, &image).with(&format!("--xen-features {features}")))
+    Server::attach(boot, Plan::new(WIDE.name, DISK, &image).with(options))
 }
 
 /// What the front end says of itself in xenstore.
@@ -40,7 +40,7 @@ fn front(boot: &mut Boot<'_>, names: &[&str]) -> Result<Vec<String>> {
 
 /// Without indirect requests: a thousand entries of 256 pages each would be more than the domain has.
 pub(crate) fn wide(boot: &mut Boot<'_>) -> Result<()> {
-    let server = attach(boot, "flush-cache,discard,multi-page,multi-queue")?;
+    let server = attach(boot, "--xen-features flush-cache,discard,multi-page,multi-queue")?;
     let said = front(boot, &["multi-queue-num-queues", "ring-page-order", "ring-ref", "queue-1/ring-ref15"])?;
     println!("     the front end says: {said:?}");
     ensure!(said[..3] == ["2", "4", "-"] && said[3] != "-", "two queues, an order of 4, a sixteenth page");
@@ -76,7 +76,7 @@ fn interrupts(guest: &mut dyn Shell) -> Result<Vec<u64>> {
 pub(crate) fn indirect(boot: &mut Boot<'_>) -> Result<()> {
     boot.need(WIDE)?;
     guest_log::take(&mut boot.guest(WIDE.name)?)?;
-    let server = attach(boot, "flush-cache,discard,persistent,indirect")?;
+    let server = attach(boot, "--xen-data map --xen-features flush-cache,discard,persistent,indirect")?;
     let said = front(boot, &["multi-queue-num-queues", "ring-page-order", "ring-ref"])?;
     ensure!(said[..2] == ["-", "-"] && said[2] != "-", "one queue with one page: {said:?}");
     let mut guest = boot.guest(WIDE.name)?;
