@@ -192,7 +192,8 @@ pub(crate) enum Data {
     Auto,
     /// The hypervisor copies it
     Copy,
-    /// The guest's pages are mapped, and the kernel reads and writes them
+    /// The guest's pages are mapped, and the kernel reads and writes them. Should tapdisk be killed meanwhile, kernels such
+    /// as 6.1 may fail later requests
     Map,
 }
 
@@ -208,7 +209,7 @@ impl Data {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FailedSync {
-    /// Flushes and writes fail from then on; Linux guests do not always tell fsync of a failed flush
+    /// Flushes and writes fail from then on
     Fail,
     /// The disk is taken away from the guest at once, so that all of its I/O fails
     Disconnect,
