@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::device::{Connection, Offered, Parting, Start};
 use super::negotiate::{self, ORDER_MAX, Quoted, Terms, negotiate, number};
-use super::nodes::{self, Nodes, State};
+use super::nodes::{self, Nodes, Owner, Server, State};
 use super::situation::{Said, Situation, Step, judge};
 use super::{DataPath, Features, OnFailedSync, Settings};
 use crate::complaints::Complaints;
@@ -167,6 +167,8 @@ enum Failure {
 pub(super) struct Control<R> {
     way: Arc<dyn Connect>,
     settings: Settings,
+    /// This process.
+    ours: Owner,
     rings: R,
     orders: Orders,
     shape: Shape,
@@ -178,6 +180,8 @@ pub(super) struct Control<R> {
     is_retired: bool,
     /// A takeover at state 5 was refused: the front end is waited for.
     has_given_up: bool,
+    /// A guest was taken over, and perhaps nothing in the store says yet with what image.
+    owes_image: bool,
     /// Sectors that the guest was told of last, and bytes of a block: a predecessor may have told it of others than ours.
     sectors_told: u64,
     block_told: u32,
@@ -198,6 +202,7 @@ impl<R: Rings> Control<R> {
         Control {
             way,
             settings,
+            ours: Owner::this(),
             rings,
             orders,
             shape,
@@ -207,6 +212,7 @@ impl<R: Rings> Control<R> {
             has_seen_front: false,
             is_retired: false,
             has_given_up: false,
+            owes_image: false,
             sectors_told: 0,
             block_told: 0,
             complaints: Complaints::default(),
@@ -306,13 +312,22 @@ impl<R: Rings> Control<R> {
         if !client.is_introduced(domain)? {
             if client.now().read(&nodes.back("state"))?.is_some() {
                 // It died while nobody served it: what it has left is cleared away by the first look.
-                return Ok(Some(nodes));
+                return Ok(self.take(client, &nodes)?.then_some(nodes));
             }
             return Err(Failure::Words(format!(
                 "there is no domain {domain}: `xl list` shows those there are"
             )));
         }
         if self.settings.create_nodes {
+            // Before anything that it uses is made anew.
+            if !self.wait_for_turn(client, &nodes, |client, nodes, ours| {
+                Ok(match nodes.server(&mut client.now())? {
+                    Server::Alive(other) => Some(other).filter(|other| *other != ours),
+                    Server::Unknown | Server::Gone(_) | Server::Other(_) => None,
+                })
+            })? {
+                return Ok(None);
+            }
             self.make_nodes(client, &nodes)?;
         } else if !self.wait_until(client, &nodes.backend, |client| {
             Ok(client.now().read(&nodes.back("frontend"))?.is_some()
@@ -346,15 +361,8 @@ impl<R: Rings> Control<R> {
                 "the toolstack made this disk read-only (mode r): serve it with --read-only".into(),
             ));
         }
-        if !self.wait_until(client, &nodes.back("kthread-pid"), |client| {
-            let pid = client.now().read(&nodes.back("kthread-pid"))?;
-            Ok(pid.and_then(|pid| number(&pid)).is_none_or(|pid| !is_another_of_us(pid)))
-        })? {
-            if self.is_stopped() {
-                return Ok(None);
-            }
-            let pid = client.now().read(&nodes.back("kthread-pid"))?.unwrap_or_default();
-            return Err(Failure::Words(format!("process {} serves this disk already", Quoted::new(&pid))));
+        if !self.take(client, &nodes)? {
+            return Ok(None);
         }
         tracing::info!(
             disk = self.settings.name,
@@ -362,6 +370,43 @@ impl<R: Rings> Control<R> {
             "attends to its nodes in the xenstore"
         );
         Ok(Some(nodes))
+    }
+
+    /// Takes the disk for this process, once no other one serves it; false when told to stop meanwhile.
+    fn take(&mut self, client: &mut Client, nodes: &Nodes) -> Result<bool, Failure> {
+        let image = nodes::identity(&self.settings);
+        self.wait_for_turn(client, nodes, |client, nodes, ours| {
+            client.transaction(|view| {
+                // What was removed meanwhile is not brought back.
+                let Some(state) = view.read(&nodes.back("state"))? else { return Ok(None) };
+                let other = nodes.claim(view, ours)?;
+                // What a guest has in use is said there, and compared with ours before it is taken over.
+                let may_be_in_use =
+                    matches!(Said::new(Some(&state)), Said::State(State::Connected | State::Closing));
+                if other.is_none() && !may_be_in_use {
+                    view.write(&nodes.back(nodes::IMAGE), &image)?;
+                }
+                Ok(other)
+            })
+        })
+    }
+
+    /// Waits until no other process is in the way, for as long as [`PATIENCE`]; false when told to stop meanwhile.
+    fn wait_for_turn(
+        &mut self,
+        client: &mut Client,
+        nodes: &Nodes,
+        mut who: impl FnMut(&mut Client, &Nodes, Owner) -> Result<Option<Owner>, Error>,
+    ) -> Result<bool, Failure> {
+        let (ours, mut other) = (self.ours, None);
+        let is_free = self.wait_until(client, &nodes.back(nodes::SERVER), |client| {
+            other = who(client, nodes, ours)?;
+            Ok(other.is_none())
+        })?;
+        match other {
+            Some(other) if !is_free && !self.is_stopped() => Err(served_already(other)),
+            Some(_) | None => Ok(is_free),
+        }
     }
 
     /// Makes the nodes, unless a predecessor has.
@@ -397,7 +442,10 @@ impl<R: Rings> Control<R> {
             }
             Some(_) | None => {}
         }
-        Ok(nodes.create(client, &self.settings, self.shape.limits.read_only)?)
+        match nodes.create(client, &self.settings, self.shape.limits.read_only, self.ours)? {
+            Some(other) => Err(served_already(other)),
+            None => Ok(()),
+        }
     }
 
     /// Waits until something is so, for as long as [`PATIENCE`]; false if it is not, or if told to stop.
@@ -449,6 +497,7 @@ impl<R: Rings> Control<R> {
             let situation = self.survey(client, nodes)?;
             match judge(&situation) {
                 Step::Wait => {
+                    self.tell_image(client, nodes)?;
                     self.tell_size(client, nodes)?;
                     return Ok((None, None));
                 }
@@ -494,6 +543,8 @@ impl<R: Rings> Control<R> {
         let guest_lives = client.is_introduced(self.settings.domain)?;
         let mut view = client.now();
         let back = Said::new(view.read(&nodes.back("state"))?.as_deref());
+        // Nodes that another process has taken are not those we knew: a toolstack has removed those, and made others.
+        let back = if nodes.is_claimed_by(&mut view, self.ours)? { back } else { Said::Absent };
         let online = view.read(&nodes.back("online"))?;
         let front = Said::new(view.read(&nodes.front("state"))?.as_deref());
         let situation = Situation {
@@ -511,7 +562,7 @@ impl<R: Rings> Control<R> {
         Ok(situation)
     }
 
-    /// Writes nodes of ours, and the state last, all at once; nothing where they have been removed meanwhile.
+    /// Writes nodes of ours, and the state last, all at once; nothing where they have been removed meanwhile, or are another's.
     fn put(
         &self,
         client: &mut Client,
@@ -521,6 +572,9 @@ impl<R: Rings> Control<R> {
     ) -> Result<(), Failure> {
         client.transaction(|view| {
             let Some(now) = view.read(&nodes.back("state"))? else { return Ok(()) };
+            if !nodes.is_claimed_by(view, self.ours)? {
+                return Ok(());
+            }
             // A toolstack takes the disk away meanwhile: the next look sees to that.
             if state < State::Closing && now == State::Closing.text() {
                 return Ok(());
@@ -636,7 +690,6 @@ impl<R: Rings> Control<R> {
             ("feature-persistent", flag(self.offers_persistence())),
             ("feature-max-indirect-segments", offered.indirect.to_string()),
             ("hotplug-status", "connected".to_owned()),
-            ("kthread-pid", std::process::id().to_string()),
             (nodes::IMAGE, nodes::identity(&self.settings)),
         ];
         if offered.discard {
@@ -696,15 +749,24 @@ impl<R: Rings> Control<R> {
         self.connected(size);
         self.has_offered = true;
         (self.sectors_told, self.block_told) = (told, block);
-        let pid = std::process::id().to_string();
-        client.transaction(|view| {
-            if view.read(&nodes.back("state"))?.is_none() {
-                return Ok(());
-            }
-            view.write(&nodes.back("kthread-pid"), &pid)?;
-            view.write(&nodes.back(nodes::IMAGE), &ours)
-        })?;
+        self.owes_image = true;
         tracing::info!(disk = self.settings.name, "goes on with the guest of a predecessor");
+        Ok(())
+    }
+
+    /// Says what a guest that was taken over uses, where a predecessor has not.
+    fn tell_image(&mut self, client: &mut Client, nodes: &Nodes) -> Result<(), Failure> {
+        if !self.owes_image {
+            return Ok(());
+        }
+        let (image, ours) = (nodes::identity(&self.settings), self.ours);
+        client.transaction(|view| {
+            if nodes.is_claimed_by(view, ours)? && view.read(&nodes.back(nodes::IMAGE))?.is_none() {
+                view.write(&nodes.back(nodes::IMAGE), &image)?;
+            }
+            Ok(())
+        })?;
+        self.owes_image = false;
         Ok(())
     }
 
@@ -733,11 +795,26 @@ impl<R: Rings> Control<R> {
         }
     }
 
-    /// The last that we write: a toolstack waits for state 6. What we have made is removed.
+    /// The last that we write: a toolstack waits for state 6. What we have made is removed. What is another's by now is
+    /// left alone.
     fn leave(&self, client: &mut Client, nodes: &Nodes) -> Result<(), Failure> {
-        self.put(client, nodes, &[], State::Closed)?;
-        if nodes.are_ours(&mut client.now())? {
-            nodes.remove(client)?;
+        let ours = self.ours;
+        let is_to_be_removed = client.transaction(|view| {
+            if !nodes.is_claimed_by(view, ours)? {
+                return Ok(false);
+            }
+            view.write(&nodes.back("state"), State::Closed.text())?;
+            let are_ours = nodes.are_ours(view)?;
+            if !are_ours {
+                nodes.release(view)?;
+            }
+            Ok(are_ours)
+        })?;
+        if is_to_be_removed {
+            client.transaction(|view| match nodes.is_claimed_by(view, ours)? {
+                true => nodes.remove(view),
+                false => Ok(()),
+            })?;
         }
         Ok(())
     }
@@ -771,14 +848,8 @@ fn not_taken_over(why: &str) -> Failure {
     ))
 }
 
-/// Whether another process like this one has this number. One that has died, and waits for nobody but its parent, is none.
-fn is_another_of_us(pid: u32) -> bool {
-    let name = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
-    // The command's name, in parentheses, may hold anything.
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
-    let ours = std::process::id();
-    pid != ours && !matches!(state, None | Some('Z' | 'X')) && name(pid).is_some() && name(pid) == name(ours)
+fn served_already(other: Owner) -> Failure {
+    Failure::Words(format!("process {} serves this disk already", other.pid))
 }
 
 /// How often a guest may make us do something that costs us much more than it costs the guest.

@@ -4,6 +4,7 @@ use ::xen::store::{Access, Client, Error, Permission, View};
 use ::xen::{Domain, Vdev};
 
 use super::Settings;
+use super::negotiate::number;
 
 /// The states of xenbus (xen/include/public/io/xenbus.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,6 +67,59 @@ pub(crate) struct Nodes {
 const CREATED: &str = "tapdisk/created";
 /// What is served.
 pub(crate) const IMAGE: &str = "tapdisk/image";
+/// The number of the process that serves.
+pub(crate) const SERVER: &str = "kthread-pid";
+/// The same process, as an [`Owner`].
+const OWNER: &str = "tapdisk/owner";
+
+/// A process, told from others that had or will have its number by when it was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    pub(crate) pid: u32,
+    /// Ticks of the clock from boot (proc(5), starttime of stat).
+    started: u64,
+}
+
+impl Owner {
+    /// This process.
+    pub(crate) fn this() -> Owner {
+        let pid = std::process::id();
+        Owner::living(pid).unwrap_or(Owner { pid, started: 0 })
+    }
+
+    /// The process of this number. One that has died, and waits for nobody but its parent, is none.
+    pub(crate) fn living(pid: u32) -> Option<Owner> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command's name, in parentheses, may hold anything. What follows it are the fields from the third on.
+        let mut fields = stat.rsplit(')').next()?.split_whitespace();
+        if matches!(fields.next()?, "Z" | "X") {
+            return None;
+        }
+        Some(Owner { pid, started: fields.nth(18)?.parse().ok()? })
+    }
+
+    fn parse(text: &str) -> Option<Owner> {
+        let (pid, started) = text.split_once(' ')?;
+        Some(Owner { pid: pid.parse().ok()?, started: started.parse().ok()? })
+    }
+
+    fn text(self) -> String {
+        format!("{} {}", self.pid, self.started)
+    }
+}
+
+/// Who serves a disk, as far as can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Server {
+    /// Nobody has said that he does.
+    Unknown,
+    /// A process of this number, and it is no more.
+    Gone(u32),
+    /// A process that lives, and goes by our name.
+    Alive(Owner),
+    /// There is a process of this number, of another name: not one of us.
+    Other(u32),
+}
 
 impl Nodes {
     /// Where the nodes of a disk are, if nobody says otherwise.
@@ -104,7 +158,57 @@ impl Nodes {
         Ok(view.read(&self.back(CREATED))?.is_some())
     }
 
-    /// Makes both directories and fills them, as a toolstack would.
+    /// Who serves it.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub(crate) fn server(&self, view: &mut View<'_>) -> Result<Server, Error> {
+        let Some(pid) = view.read(&self.back(SERVER))?.and_then(|pid| number(&pid)) else {
+            return Ok(Server::Unknown);
+        };
+        let owner = view.read(&self.back(OWNER))?.and_then(|text| Owner::parse(&text));
+        let Some(living) = Owner::living(pid) else { return Ok(Server::Gone(pid)) };
+        Ok(match owner.filter(|owner| owner.pid == pid) {
+            Some(owner) if owner == living => Server::Alive(living),
+            Some(_) => Server::Gone(pid),
+            None if goes_by_our_name(pid) => Server::Alive(living),
+            None => Server::Other(pid),
+        })
+    }
+
+    /// Takes the disk for a process, unless another one serves it: that one is told then.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub(crate) fn claim(&self, view: &mut View<'_>, ours: Owner) -> Result<Option<Owner>, Error> {
+        match self.server(view)? {
+            Server::Alive(other) if other != ours => return Ok(Some(other)),
+            Server::Alive(_) | Server::Gone(_) | Server::Other(_) | Server::Unknown => {}
+        }
+        view.write(&self.back(SERVER), &ours.pid.to_string())?;
+        view.write(&self.back(OWNER), &ours.text())?;
+        Ok(None)
+    }
+
+    /// Whether it was this process that took the disk last.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub(crate) fn is_claimed_by(&self, view: &mut View<'_>, ours: Owner) -> Result<bool, Error> {
+        Ok(view.read(&self.back(OWNER))?.as_deref() == Some(&*ours.text()))
+    }
+
+    /// Leaves the disk to whoever comes next.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub(crate) fn release(&self, view: &mut View<'_>) -> Result<(), Error> {
+        view.remove(&self.back(SERVER))?;
+        view.remove(&self.back(OWNER))
+    }
+
+    /// Makes both directories and fills them, as a toolstack would. They belong to this process then; where another one
+    /// was faster, that one is told, and all is left as it is.
     ///
     /// # Errors
     /// If the store fails.
@@ -113,10 +217,14 @@ impl Nodes {
         client: &mut Client,
         settings: &Settings,
         read_only: bool,
-    ) -> Result<(), Error> {
+        ours: Owner,
+    ) -> Result<Option<Owner>, Error> {
         let permit = |domain, access| Permission { domain, access };
         // Who may use them first: what is made below inherits that, and the guest owns its own from the start.
-        client.transaction(|view| {
+        let other = client.transaction(|view| {
+            if let Some(other) = self.claim(view, ours)? {
+                return Ok(Some(other));
+            }
             for (path, owner, reader) in
                 [(&self.backend, self.own, self.domain), (&self.frontend, self.domain, self.own)]
             {
@@ -125,13 +233,16 @@ impl Nodes {
                 view.set_permissions(path, &[permit(owner, Access::None), permit(reader, Access::Read)])?;
             }
             // Who dies between this and what follows can be told from a toolstack.
-            view.write(&self.back(CREATED), "1")
+            view.write(&self.back(CREATED), "1")?;
+            self.claim(view, ours)
         })?;
+        if other.is_some() {
+            return Ok(other);
+        }
         let (device, domain) = (self.device.to_string(), self.domain.to_string());
         let image = identity(settings);
         let back = [
-            (CREATED, "1"),
-            ("frontend", &self.frontend),
+            ("frontend", self.frontend.as_str()),
             ("frontend-id", &domain),
             ("online", "1"),
             ("removable", "0"),
@@ -149,6 +260,10 @@ impl Nodes {
             ("device-type", "disk"),
         ];
         client.transaction(|view| {
+            // Not if they have been removed meanwhile.
+            if !self.is_claimed_by(view, ours)? {
+                return Ok(());
+            }
             for (key, value) in back {
                 view.write(&self.back(key), value)?;
             }
@@ -157,19 +272,29 @@ impl Nodes {
             }
             view.write(&self.back("state"), State::Initialising.text())?;
             view.write(&self.front("state"), State::Initialising.text())
-        })
+        })?;
+        Ok(None)
     }
 
-    /// Removes both directories.
+    /// Removes both directories, and the one of the guest's disks if this was the last.
     ///
     /// # Errors
     /// If the store fails.
-    pub(crate) fn remove(&self, client: &mut Client) -> Result<(), Error> {
-        client.transaction(|view| {
-            view.remove(&self.frontend)?;
-            view.remove(&self.backend)
-        })
+    pub(crate) fn remove(&self, view: &mut View<'_>) -> Result<(), Error> {
+        view.remove(&self.frontend)?;
+        view.remove(&self.backend)?;
+        let Some((disks, _)) = self.backend.rsplit_once('/') else { return Ok(()) };
+        match view.list(disks)? {
+            Some(others) if others.iter().all(String::is_empty) => view.remove(disks),
+            Some(_) | None => Ok(()),
+        }
     }
+}
+
+/// Whether a process has the name that this one has.
+fn goes_by_our_name(pid: u32) -> bool {
+    let name = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+    name(pid).is_some() && name(pid) == name(std::process::id())
 }
 
 /// What is served, in words that a successor can compare.

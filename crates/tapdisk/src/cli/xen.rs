@@ -50,8 +50,9 @@ pub(crate) struct XenOptions {
 
 /// Take a disk away from a guest of Xen
 ///
-/// The guest is asked to let go of it, and the tapdisk that serves it to answer what it has taken and to end. A Linux
-/// guest lets go when nobody there has the disk open or mounted; until then this waits.
+/// The guest is asked to let go of it, and the tapdisk that serves it to answer what it has taken and to end. Unmount
+/// it there first: Linux from 5.15 on loses a mounted disk at once, with what was not written yet. Older ones keep it
+/// until it is unmounted, and until then this waits.
 #[derive(Args, Debug)]
 pub(crate) struct Detach {
     /// Whose disk, and what the guest calls it: `3:xvdb`, `web:51728`

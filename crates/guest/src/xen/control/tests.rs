@@ -16,6 +16,8 @@ use crate::xen::DataPath;
 use crate::xen::device::RingSpec;
 use crate::xen::layout::Abi;
 
+mod owner;
+
 const GUEST: Domain = Domain(5);
 const BACK: &str = "/local/domain/0/backend/vbd3/5/51728";
 const FRONT: &str = "/local/domain/5/device/vbd/51728";
@@ -33,9 +35,22 @@ struct Record {
     failure: Arc<Mutex<Option<String>>>,
     /// What the disk has grown to.
     size: Arc<Mutex<Option<u64>>>,
+    /// What happens while something is asked of the rings.
+    meanwhile: Arc<Mutex<Option<Box<dyn FnMut(&Call) + Send>>>>,
 }
 
 impl Record {
+    fn with(meanwhile: impl FnMut(&Call) + Send + 'static) -> Record {
+        Record { meanwhile: Arc::new(Mutex::new(Some(Box::new(meanwhile)))), ..Record::default() }
+    }
+
+    fn note(&self, call: Call) {
+        if let Some(meanwhile) = &mut *self.meanwhile.lock().unwrap() {
+            meanwhile(&call);
+        }
+        self.calls.lock().unwrap().push(call);
+    }
+
     fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
     }
@@ -43,13 +58,13 @@ impl Record {
 
 impl Rings for Record {
     fn connect(&mut self, connection: Connection) -> Result<u64, String> {
-        self.calls.lock().unwrap().push(Call::Connect(connection));
+        self.note(Call::Connect(connection));
         let size = self.size.lock().unwrap().unwrap_or(SIZE);
         self.failure.lock().unwrap().clone().map_or(Ok(size), Err)
     }
 
     fn disconnect(&mut self, how: Parting) {
-        self.calls.lock().unwrap().push(Call::Disconnect(how));
+        self.note(Call::Disconnect(how));
     }
 }
 
@@ -96,10 +111,16 @@ fn attend(store: &Store, settings: Settings, limits: Limits) -> Attended {
 }
 
 fn attend_with(store: &Store, settings: Settings, limits: Limits, record: Record) -> Attended {
+    attend_as(Owner::this(), store, settings, limits, record)
+}
+
+/// As another process would.
+fn attend_as(ours: Owner, store: &Store, settings: Settings, limits: Limits, record: Record) -> Attended {
     let (orderer, orders) = orders().unwrap();
     let client = Client::connect(store).unwrap();
     let shape = Shape { size: SIZE, limits };
-    let control = Control::new(Arc::new(store.clone()), settings, record.clone(), orders, shape);
+    let mut control = Control::new(Arc::new(store.clone()), settings, record.clone(), orders, shape);
+    control.ours = ours;
     let thread = std::thread::spawn(move || control.run(client));
     Attended { store: store.clone(), record, orders: orderer, thread }
 }
@@ -246,9 +267,9 @@ fn what_a_front_end_reads_is_written_before_the_state_that_makes_it_read() {
     let [_made, offered, connected] = states[..] else { panic!("{writes:?}") };
     let at = |key: &str| writes.iter().position(|written| *written == key).unwrap();
     assert!(at("max-ring-page-order") < offered && at("multi-queue-max-queues") < offered);
-    for key in
-        ["sectors", "feature-flush-cache", "feature-max-indirect-segments", "hotplug-status", "kthread-pid"]
-    {
+    // Who serves what is known before there is a guest.
+    assert!(at("kthread-pid") < offered && at("tapdisk/image") < offered);
+    for key in ["sectors", "feature-flush-cache", "feature-max-indirect-segments", "hotplug-status"] {
         assert!(offered < at(key) && at(key) < connected, "{key}: {writes:?}");
     }
     disk.orders.give(Order::Stop);
@@ -323,12 +344,7 @@ fn what_cannot_be_served_is_said_with_what_to_do() {
 fn a_disk_that_another_process_serves_is_not_served_twice() {
     let store = store();
     by_toolstack(&store);
-    // A process that goes by our name.
-    let name = std::fs::read_to_string("/proc/self/comm").unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let program = directory.path().join(name.trim_end());
-    std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
-    let mut other = std::process::Command::new(program).arg("60").spawn().unwrap();
+    let mut other = owner::another_of_us();
     store.write(&format!("{BACK}/kthread-pid"), &other.id().to_string());
     let failure = attend(&store, attached(), LIMITS).failure();
     assert!(failure.contains(&other.id().to_string()), "{failure}");
