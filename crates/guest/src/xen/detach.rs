@@ -1,15 +1,18 @@
 //! Taking a disk from a guest, as a toolstack does it: both ends are asked through the xenstore, and the back end tells.
 
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ::xen::Domain;
 use ::xen::store::{Client, Connect, Error};
 use rustix::event::EventfdFlags;
 
-use super::negotiate::{Quoted, number};
-use super::nodes::{Nodes, State};
+use super::negotiate::Quoted;
+use super::nodes::{Nodes, Server, State};
+use super::situation::Said;
+
+/// How often to look whether the process that serves it still lives: it dies without a word in the store.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Why a disk was not detached: what was found, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -37,10 +40,21 @@ pub enum DetachError {
         /// What the front end says.
         state: String,
     },
+    /// The guest has let go of it.
+    #[error(
+        "the guest has let go of it, and process {server} has not within {seconds} s: it waits for the storage, and ends \
+         when that has answered"
+    )]
+    Storage {
+        /// How long was waited.
+        seconds: u64,
+        /// Who waits.
+        server: u32,
+    },
     /// Nobody attends to it.
     #[error(
-        "nobody serves it: {server}. Start tapdisk once more as before, and it will be detached; or remove {path} and \
-         the guest's {front} with xenstore-rm"
+        "nobody serves it: {server}, and the guest has not let go of it. Start tapdisk once more as before, and it will be \
+         detached when the guest does; or remove {path} and the guest's {front} with xenstore-rm"
     )]
     Unserved {
         /// Who should.
@@ -86,36 +100,83 @@ pub fn detach(
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| DetachError::Wait(errno.into()))?;
     loop {
         while client.event().is_some() {}
-        match client.now().read(&nodes.back("state"))? {
-            None => return Ok(()),
-            Some(state) if state == State::Closed.text() => return Ok(()),
-            Some(_) => {}
+        if is_over(&mut client, &nodes)? {
+            return Ok(());
         }
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(why_not(&mut client, &nodes, timeout));
         }
-        client.wait(nothing.as_fd(), Some(left))?;
+        client.wait(nothing.as_fd(), Some(left.min(LOOK)))?;
+    }
+}
+
+/// Whether nothing is left to be waited for. What a server has left that is no more is seen to here.
+fn is_over(client: &mut Client, nodes: &Nodes) -> Result<bool, Error> {
+    client.transaction(|view| {
+        let Some(state) = view.read(&nodes.back("state"))? else { return Ok(true) };
+        let online = view.read(&nodes.back("online"))?;
+        if online.as_deref() != Some("0") {
+            // Somebody has attached it anew already.
+            return Ok(true);
+        }
+        let are_removed = nodes.are_ours(view)?;
+        if state == State::Closed.text() && !are_removed {
+            return Ok(true);
+        }
+        let is_served = match nodes.server(view)? {
+            Server::Alive(_) => true,
+            Server::Unknown => !are_removed,
+            Server::Gone(_) | Server::Other(_) => false,
+        };
+        if is_served || !has_let_go(Said::new(view.read(&nodes.front("state"))?.as_deref())) {
+            return Ok(false);
+        }
+        if are_removed {
+            nodes.remove(view)?
+        } else {
+            view.write(&nodes.back("state"), State::Closed.text())?
+        }
+        Ok(true)
+    })
+}
+
+/// Whether a front end at this state has nothing of the disk any more, or never had.
+fn has_let_go(front: Said) -> bool {
+    match front {
+        Said::Absent | Said::State(State::Initialising | State::Closed) => true,
+        Said::Nonsense
+        | Said::State(
+            State::InitWait
+            | State::Initialised
+            | State::Connected
+            | State::Closing
+            | State::Reconfiguring
+            | State::Reconfigured,
+        ) => false,
     }
 }
 
 fn why_not(client: &mut Client, nodes: &Nodes, timeout: Duration) -> DetachError {
-    let mut read = |path: &str| client.now().read(path);
-    let (server, state) = match (read(&nodes.back("kthread-pid")), read(&nodes.front("state"))) {
-        (Ok(server), Ok(state)) => (server, state),
+    let mut view = client.now();
+    let (server, front) = match (nodes.server(&mut view), view.read(&nodes.front("state"))) {
+        (Ok(server), Ok(front)) => (server, front),
         (Err(error), _) | (_, Err(error)) => return error.into(),
     };
-    let server = server.and_then(|pid| number(&pid));
-    let is_alive = server.is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists());
-    // Before the guest was connected the server has not said who it is.
-    if server.is_some() && !is_alive || state.is_none() {
-        let server =
-            server.map_or("no process is named there".into(), |pid| format!("process {pid} is gone"));
-        let (path, front) = (nodes.backend.clone(), nodes.frontend.clone());
-        return DetachError::Unserved { server, path, front };
+    let seconds = timeout.as_secs();
+    let has_let_go = has_let_go(Said::new(front.as_deref()));
+    match server {
+        Server::Alive(owner) if has_let_go => DetachError::Storage { seconds, server: owner.pid },
+        // Nobody may have said that he serves it: a toolstack's back end.
+        Server::Alive(_) | Server::Unknown => {
+            let state = front.map_or_else(|| "none".into(), |state| Quoted::new(&state).to_string());
+            DetachError::InUse { seconds, state }
+        }
+        Server::Gone(pid) | Server::Other(pid) => {
+            let (path, front) = (nodes.backend.clone(), nodes.frontend.clone());
+            DetachError::Unserved { server: format!("process {pid} is gone"), path, front }
+        }
     }
-    let state = state.map_or_else(|| "none".into(), |state| Quoted::new(&state).to_string());
-    DetachError::InUse { seconds: timeout.as_secs(), state }
 }
 
 #[cfg(test)]
@@ -166,6 +227,55 @@ mod tests {
         store.write(&format!("{BACK}/state"), "6");
         try_for(&store, 0).unwrap();
         assert_eq!(store.read(&format!("{BACK}/state")).as_deref(), Some("6"));
+    }
+
+    #[test]
+    fn what_tapdisk_has_made_is_waited_for_until_it_is_removed() {
+        let store = store();
+        store.write(&format!("{BACK}/tapdisk/created"), "1");
+        store.write(&format!("{BACK}/kthread-pid"), &std::process::id().to_string());
+        store.write(&format!("{FRONT}/state"), "6");
+        let detached = std::thread::spawn({
+            let store = store.clone();
+            move || try_for(&store, 30_000)
+        });
+        store.wait_for(&format!("{BACK}/state"), "5");
+        store.write(&format!("{BACK}/state"), "6");
+        std::thread::sleep(2 * LOOK);
+        assert!(!detached.is_finished(), "its server has not removed it yet");
+        store.remove(BACK);
+        detached.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_server_has_left_is_seen_to_once_the_guest_has_let_go() {
+        for is_ours in [true, false] {
+            let store = store();
+            if is_ours {
+                store.write(&format!("{BACK}/tapdisk/created"), "1");
+            }
+            store.write(&format!("{BACK}/kthread-pid"), "4194305");
+            let detached = std::thread::spawn({
+                let store = store.clone();
+                move || try_for(&store, 30_000)
+            });
+            store.wait_for(&format!("{BACK}/state"), "5");
+            store.write(&format!("{FRONT}/state"), "6");
+            detached.join().unwrap().unwrap();
+            let left = store.read(&format!("{BACK}/state"));
+            assert_eq!(left.as_deref(), if is_ours { None } else { Some("6") });
+            assert_eq!(store.read(&format!("{FRONT}/state")).is_some(), !is_ours);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_storage_is_named() {
+        let store = store();
+        let ours = std::process::id().to_string();
+        store.write(&format!("{BACK}/kthread-pid"), &ours);
+        store.remove(&format!("{FRONT}/state"));
+        let error = try_for(&store, 1).unwrap_err().to_string();
+        assert!(error.contains(&ours) && error.contains("storage"), "{error}");
     }
 
     #[test]

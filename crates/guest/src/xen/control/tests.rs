@@ -28,6 +28,9 @@ enum Call {
     Disconnect(Parting),
 }
 
+/// What a test does while a call is under way.
+type Meanwhile = Box<dyn FnMut(&Call) + Send>;
+
 #[derive(Clone, Default)]
 struct Record {
     calls: Arc<Mutex<Vec<Call>>>,
@@ -36,7 +39,7 @@ struct Record {
     /// What the disk has grown to.
     size: Arc<Mutex<Option<u64>>>,
     /// What happens while something is asked of the rings.
-    meanwhile: Arc<Mutex<Option<Box<dyn FnMut(&Call) + Send>>>>,
+    meanwhile: Arc<Mutex<Option<Meanwhile>>>,
 }
 
 impl Record {
