@@ -4,7 +4,7 @@ use std::fmt;
 use std::rc::Rc;
 
 use block::{Errno, Error, Span};
-use image::{Extent, Image, Placement};
+use image::{Extent, Image, Placement, Zeroed};
 use storage::{Io, Storage, Zeroing};
 
 use crate::dice::Dice;
@@ -101,19 +101,20 @@ impl Image for Scattered {
 
     fn place(&self, span: Span) -> Io<'_, Placement> {
         let (at, len) = self.layout.find(span);
-        Box::pin(std::future::ready(Ok(Placement { at, len, undo: None })))
+        Box::pin(std::future::ready(Ok(Placement::shown(at, len, None))))
     }
 
     fn commit(&self, _placement: Placement) -> Io<'_> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
+    fn give_up(&self, _placement: Placement) {}
+
+    fn zero(&self, span: Span, how: Zeroing) -> Io<'_, Zeroed> {
         Box::pin(async move {
-            for (part, at) in self.layout.parts(span) {
-                self.storage.zero(Scattered::place_of(part, at), how).await?;
-            }
-            Ok(())
+            let (at, len) = self.layout.find(span);
+            let place = Span::new(at, len).expect("within the file");
+            self.storage.zero(place, how).await.map(|()| Zeroed::Done { len })
         })
     }
 
@@ -132,5 +133,13 @@ impl Image for Scattered {
 
     fn grow(&self) -> Io<'_, u64> {
         Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "grow a scattered image"))))
+    }
+
+    fn resize(&self, _bytes: u64) -> Io<'_> {
+        Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "resize a scattered image"))))
+    }
+
+    fn close(&self) -> Io<'_> {
+        self.storage.flush()
     }
 }

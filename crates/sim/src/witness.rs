@@ -149,6 +149,10 @@ impl Storage for Witness {
         self.inner.grow()
     }
 
+    fn resize(&self, bytes: u64) -> Io<'_> {
+        self.inner.resize(bytes)
+    }
+
     fn poison(&self) -> Option<Error> {
         self.inner.poison()
     }
@@ -210,6 +214,10 @@ impl Storage for Beneath {
 
     fn grow(&self) -> Io<'_, u64> {
         self.inner.grow()
+    }
+
+    fn resize(&self, bytes: u64) -> Io<'_> {
+        self.inner.resize(bytes)
     }
 
     fn poison(&self) -> Option<Error> {
@@ -358,6 +366,10 @@ impl Storage for Mischievous {
 
     fn grow(&self) -> Io<'_, u64> {
         self.inner.grow()
+    }
+
+    fn resize(&self, bytes: u64) -> Io<'_> {
+        self.inner.resize(bytes)
     }
 
     fn poison(&self) -> Option<Error> {

@@ -116,7 +116,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         front_doors.push(Listener::unix(&std::path::absolute(path)?)?);
     }
     let storage = storage::filter::inject(&handle, contents.storage, arguments.fault.clone());
-    let chain: Rc<dyn Storage> = Rc::new(Chain::new(Rc::new(Raw::new(storage))));
+    let chain: Rc<dyn Storage> = Rc::new(Chain::new(&handle, Rc::new(Raw::new(storage))));
     let config = Config {
         name: arguments.image.name(),
         read_only: arguments.read_only,

@@ -399,7 +399,8 @@ impl Uring {
             Io::Poll { .. } => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
             // Through the ring and not by write(2): that would block this thread where a peer fills a blocking eventfd.
             Io::Signal { .. } => opcode::Write::new(fd, (&raw const ONE).cast(), 8).build(),
-            Io::Seek { .. } => opcode::Nop::new().build(), // the helper's, see `submit`
+            // The helper's, see `submit`. (There is IORING_OP_FTRUNCATE from Linux 6.9 on.)
+            Io::Seek { .. } | Io::Truncate { .. } => opcode::Nop::new().build(),
         }
     }
 }
@@ -532,11 +533,25 @@ impl Engine for Uring {
     }
 
     unsafe fn submit(&mut self, io: &Io, token: usize) {
-        if let Io::Seek { fd, at, what } = io {
+        let chore = match io {
+            Io::Seek { at, what, .. } => Some(Chore::Seek { at: *at, what: *what }),
+            Io::Truncate { len, .. } => Some(Chore::Truncate { len: *len }),
+            Io::Read { .. }
+            | Io::Write { .. }
+            | Io::Sync { .. }
+            | Io::Allocate { .. }
+            | Io::WillNeed { .. }
+            | Io::Receive { .. }
+            | Io::Send { .. }
+            | Io::Accept { .. }
+            | Io::Poll { .. }
+            | Io::Signal { .. } => None,
+        };
+        if let Some(chore) = chore {
             let bell = self.bell.clone();
             let helper = self.helper.get_or_insert_with(|| Helper::start(bell));
             // The caller keeps `io`, and with it the open file, until the completion.
-            helper.ask(Job { token, fd: fd.as_fd().as_raw_fd(), at: *at, what: *what });
+            helper.ask(Job { token, fd: io.fd().as_fd().as_raw_fd(), chore });
             return;
         }
         if self.storing.len() <= token {
@@ -554,6 +569,7 @@ impl Engine for Uring {
             | Io::Sync { .. }
             | Io::Allocate { .. }
             | Io::Seek { .. }
+            | Io::Truncate { .. }
             | Io::WillNeed { .. }
             | Io::Receive { .. }
             | Io::Send { .. }
@@ -589,8 +605,12 @@ impl Engine for Uring {
 struct Job {
     token: usize,
     fd: RawFd,
-    at: u64,
-    what: Seek,
+    chore: Chore,
+}
+
+enum Chore {
+    Seek { at: u64, what: Seek },
+    Truncate { len: u64 },
 }
 
 /// A thread for calls that may block and that io_uring does not have.
@@ -608,7 +628,7 @@ impl Helper {
         let work = move || {
             for job in inbox {
                 let result =
-                    if stopped.load(Ordering::Relaxed) { -i64::from(libc::ECANCELED) } else { seek(&job) };
+                    if stopped.load(Ordering::Relaxed) { -i64::from(libc::ECANCELED) } else { perform(&job) };
                 bell.results.lock().unwrap_or_else(PoisonError::into_inner).push((job.token, result));
                 bell.ring();
             }
@@ -637,14 +657,20 @@ impl Drop for Helper {
     }
 }
 
-fn seek(job: &Job) -> i64 {
-    let whence = match job.what {
-        Seek::Data => libc::SEEK_DATA,
-        Seek::Hole => libc::SEEK_HOLE,
-        Seek::End => libc::SEEK_END,
+fn perform(job: &Job) -> i64 {
+    let found = match job.chore {
+        Chore::Seek { at, what } => {
+            let whence = match what {
+                Seek::Data => libc::SEEK_DATA,
+                Seek::Hole => libc::SEEK_HOLE,
+                Seek::End => libc::SEEK_END,
+            };
+            // SAFETY: lseek64 touches no memory; the descriptor stays open by the contract of `Engine::submit`. Nobody
+            // uses the file's position, so moving it harms nobody.
+            unsafe { libc::lseek64(job.fd, at as i64, whence) }
+        }
+        // SAFETY: ftruncate64 touches no memory; the descriptor stays open by the contract of `Engine::submit`.
+        Chore::Truncate { len } => i64::from(unsafe { libc::ftruncate64(job.fd, len as i64) }),
     };
-    // SAFETY: lseek64 touches no memory; the descriptor stays open by the contract of `Engine::submit`. Nobody uses
-    // the file's position, so moving it harms nobody.
-    let found = unsafe { libc::lseek64(job.fd, job.at as i64, whence) };
     if found < 0 { -i64::from(Errno::from_std(&std::io::Error::last_os_error()).code()) } else { found }
 }
