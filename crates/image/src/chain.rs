@@ -105,8 +105,12 @@ impl Chain {
             let (is_alone, at) = (rest.is_empty() && parts.is_empty(), run.at());
             match found {
                 Found::Zero { .. } => into.fill(0),
-                found if is_alone => found.fetch(at, into).await?,
-                found => parts.push(Box::pin(found.fetch(at, into))),
+                found @ (Found::Data { .. } | Found::Packed { .. }) if is_alone => {
+                    found.fetch(at, into).await?
+                }
+                found @ (Found::Data { .. } | Found::Packed { .. }) => {
+                    parts.push(Box::pin(found.fetch(at, into)))
+                }
             }
         }
         worst(join_all(parts).await)?;
