@@ -2,7 +2,10 @@
 
 mod chain;
 mod error;
+mod format;
+pub mod metadata;
 mod raw;
+mod report;
 
 use std::any::Any;
 use std::rc::Rc;
@@ -12,7 +15,23 @@ use storage::{Io, Storage, Zeroing};
 
 pub use chain::Chain;
 pub use error::ImageError;
+pub use format::{Backing, Format, UnknownFormat};
 pub use raw::Raw;
+pub use report::{Repair, Report};
+
+/// How an image is opened.
+#[derive(Default)]
+pub struct Settings {
+    /// Whether it is written. What is not is left as it is, to the last bit.
+    pub writable: bool,
+    /// Bytes of memory for its metadata; 0 for what suits most.
+    pub cache: usize,
+    /// Where changes of its map are noted until they are in the image. Without one each is in the image before the
+    /// request that needs it is answered, if the image is `lasting`.
+    pub ledger: Option<Box<dyn metadata::Ledger>>,
+    /// Whether what was answered must be there after the death of this process. Tools need not that: they begin anew.
+    pub lasting: bool,
+}
 
 /// Where a run of the disk's bytes is; `len` is in bytes and counts from the run's first byte on.
 pub enum Extent {

@@ -1,0 +1,6 @@
+//! The metadata of an image: what says where the disk's bytes are, cached, changed in memory, and written in an order that a
+//! power cut at any time leaves whole.
+
+mod ledger;
+
+pub use ledger::{Change, Ledger};
