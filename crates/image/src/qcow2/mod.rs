@@ -5,11 +5,24 @@
 //! and its blocks). All numbers are big-endian, all tables begin at cluster boundaries.
 
 mod bytes;
+mod entry;
 mod extension;
+mod free;
 mod header;
+mod health;
+mod image;
+mod map;
+mod packed;
+mod place;
+mod refcount;
+mod reserved;
+mod table;
+mod width;
+mod zero;
 
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
+pub use image::Qcow2;
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
