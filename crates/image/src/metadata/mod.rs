@@ -2,5 +2,7 @@
 //! power cut at any time leaves whole.
 
 mod ledger;
+mod ledger_file;
 
 pub use ledger::{Change, Ledger};
+pub use ledger_file::LedgerFile;
