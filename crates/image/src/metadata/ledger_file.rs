@@ -7,7 +7,7 @@
 //! ```text
 //! file    magic (16) | generation (8) | boot, padded (40) | zero (4) | CRC-32 of these (4) | group ...
 //! group   sequence (8) | changes (4) | CRC-32 of them (4) | zero (4) | CRC-32 of these and the generation (4) | change ...
-//! change  at (8) | old (8) | new (8)
+//! change  at (8) | old (8) | new (8) | stage (1)
 //! ```
 //!
 //! All numbers are big-endian.
@@ -26,7 +26,7 @@ use super::{Change, Ledger};
 
 /// How many rounds may fail one after the other until what they were to forget is kept for longer than it need be.
 const FILES: usize = 4;
-/// Bytes that a file may have: some 700,000 changes. Nobody lets as many wait for a round.
+/// Bytes that a file may have: some 670,000 changes. Nobody lets as many wait for a round.
 const FILE_MAX: u64 = 16 << 20;
 const MAGIC: &[u8; 16] = b"tapdisk ledger 1";
 /// Bytes before the first group.
@@ -34,7 +34,7 @@ const HEADER: usize = 72;
 /// Bytes of a group before its changes.
 const HEAD: usize = 24;
 /// Bytes of a change.
-const CHANGE: usize = 24;
+const CHANGE: usize = 25;
 
 /// A ledger in files.
 pub struct LedgerFile {
@@ -322,6 +322,7 @@ fn parse(bytes: &[u8], boot: &str) -> io::Result<Option<Found>> {
             at: long(change, 0),
             old: long(change, 8),
             new: long(change, 16),
+            stage: change[24],
         }));
         found.groups += 1;
         found.end += (HEAD + changes.len()) as u64;
@@ -346,8 +347,9 @@ fn push_group(bytes: &mut Vec<u8>, number: u64, sequence: u64, group: &[Change])
     bytes.extend(sequence.to_be_bytes());
     bytes.extend((group.len() as u32).to_be_bytes());
     bytes.extend([0; HEAD - 12]);
-    for Change { at, old, new } in group {
+    for Change { at, old, new, stage } in group {
         bytes.extend([at, old, new].into_iter().flat_map(|word| word.to_be_bytes()));
+        bytes.push(*stage);
     }
     let sum = crc(&[&bytes[start + HEAD..]]);
     bytes[start + 12..start + 16].copy_from_slice(&sum.to_be_bytes());
@@ -413,7 +415,7 @@ mod tests {
     }
 
     fn change(number: u64) -> Change {
-        Change { at: number * 8, old: number, new: u64::MAX - number }
+        Change { at: number * 8, old: number, new: u64::MAX - number, stage: number as u8 % 3 }
     }
 
     fn group(numbers: std::ops::Range<u64>) -> Vec<Change> {
@@ -625,7 +627,7 @@ mod tests {
         let place = Place::new();
         let ledger = place.open();
         ledger.note(&group(0..1)).unwrap();
-        let error = ledger.note(&group(0..FILE_MAX / CHANGE as u64)).unwrap_err();
+        let error = ledger.note(&group(0..FILE_MAX / CHANGE as u64 + 1)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FileTooLarge);
         ledger.note(&group(1..2)).unwrap();
         assert_eq!(place.found(), group(0..2));
