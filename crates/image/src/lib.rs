@@ -7,6 +7,7 @@ pub mod metadata;
 pub mod qcow2;
 mod raw;
 mod report;
+pub mod tool;
 
 use std::any::Any;
 use std::rc::Rc;

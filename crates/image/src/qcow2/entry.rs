@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use block::Span;
 
-/// The reference count of what is pointed to is one: it may be written in place (bit 63 of entries of L1 and L2).
-pub(super) const SOLE: u64 = 1 << 63;
+use super::COPIED;
+
 /// The cluster is compressed (bit 62 of an L2 entry).
 const PACKED: u64 = 1 << 62;
 /// The cluster reads as zero (bit 0 of an L2 entry of one word, from version 3 on).
@@ -82,7 +82,7 @@ impl Shape {
     /// Reads an entry of an L1 table.
     pub(super) fn table(self, word: u64) -> Result<Option<Place>, Nonsense> {
         let at = self.place(word)?;
-        Ok((at != 0).then_some(Place { at, sole: word & SOLE != 0 }))
+        Ok((at != 0).then_some(Place { at, sole: word & COPIED != 0 }))
     }
 
     /// Reads an entry, of which the second word counts where there is one.
@@ -96,7 +96,7 @@ impl Shape {
             return Ok(Entry::Packed(self.packed(word)));
         }
         let at = self.place(word)?;
-        let sole = word & SOLE != 0;
+        let sole = word & COPIED != 0;
         // In a data file byte 0 is a place as any other; the mark tells it from none.
         let place = (at != 0 || self.external && sole).then_some(Place { at, sole });
         let (data, zero) = if self.extended {
@@ -116,7 +116,7 @@ impl Shape {
 
     /// The words of an entry; see [`Shape::read`].
     pub(super) fn write(self, cluster: Cluster) -> [u64; 2] {
-        let place = cluster.place.map_or(0, |place| place.at | if place.sole { SOLE } else { 0 });
+        let place = cluster.place.map_or(0, |place| place.at | if place.sole { COPIED } else { 0 });
         if self.extended {
             [place, u64::from(cluster.zero) << 32 | u64::from(cluster.data)]
         } else {
@@ -281,7 +281,7 @@ mod tests {
         let old = Shape { zeroes: false, ..PLAIN };
         assert_eq!(old.read([1, 0]), Err(Nonsense::ZeroInOldVersion));
         let external = Shape { external: true, ..PLAIN };
-        assert_eq!(external.read([SOLE, 0]), plain(Some((0, true)), 1, 0));
+        assert_eq!(external.read([COPIED, 0]), plain(Some((0, true)), 1, 0));
         assert_eq!(external.read([0, 0]), plain(None, 0, 0));
         assert_eq!(external.read([PACKED, 0]), Err(Nonsense::Packed(PACKED)));
     }

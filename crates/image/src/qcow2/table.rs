@@ -5,8 +5,8 @@ use std::rc::Rc;
 
 use block::{Error, Result, Span};
 
-use super::Header;
-use super::entry::{Place, SOLE, Shape};
+use super::{COPIED, Header};
+use super::entry::{Place, Shape};
 use super::health::Health;
 use super::refcount::{Allocator, read_words, span};
 use super::reserved::Reserved;
@@ -172,9 +172,9 @@ impl Tables {
         }
         let word_at = self.at + index as u64 * 8;
         let _l1 = self.metadata.load(span(word_at, 8)?, POINTERS).await?;
-        self.metadata.set(&[(word_at, at | SOLE)]);
+        self.metadata.set(&[(word_at, at | COPIED)]);
         if let Some(word) = self.l1.borrow_mut().get_mut(index) {
-            *word = at | SOLE;
+            *word = at | COPIED;
         }
         Ok(())
     }
