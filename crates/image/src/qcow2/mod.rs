@@ -4,15 +4,23 @@
 //! Guest clusters are found by two levels of tables (L1, L2), host clusters are counted by two others (the refcount table
 //! and its blocks). All numbers are big-endian, all tables begin at cluster boundaries.
 
+mod bitmap;
 mod bytes;
+mod check;
 mod counts;
 mod create;
 mod extension;
 mod header;
+mod prepare;
+mod snapshot;
 
+pub use bitmap::{Bitmap, bitmaps};
+pub use check::check;
 pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
+pub use prepare::prepare;
+pub use snapshot::{Snapshot, snapshots};
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
