@@ -3,5 +3,6 @@
 mod check;
 mod create;
 mod disk;
+mod faults;
 mod header;
 mod tools;
