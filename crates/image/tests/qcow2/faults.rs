@@ -211,6 +211,7 @@ impl Model {
                 self.others.push((start, bytes[..cut(at)].to_vec()));
                 self.others.push((start + cut(end), bytes[cut(end)..].to_vec()));
             }
+            self.others.retain(|(_, bytes)| !bytes.is_empty());
         }
         self.bytes[at..end].fill(new);
     }
@@ -337,7 +338,7 @@ fn make(options: &str, size: u64, below: bool, snapshot: bool) -> Case {
 
 fn run_all(case: &Case) {
     let count = run_with(case, None);
-    assert!(count > 50);
+    assert!(count > 20, "{count} operations cannot be all");
     // Each of the first, and then some of them, so that all of it takes seconds.
     let stride = (count / 60).max(1);
     for number in (0..count.min(60)).chain((60..count).step_by(stride as usize)) {

@@ -5,4 +5,5 @@ mod create;
 mod disk;
 mod faults;
 mod header;
+mod space;
 mod tools;
