@@ -11,6 +11,7 @@ mod counts;
 mod create;
 mod extension;
 mod header;
+mod info;
 mod prepare;
 mod snapshot;
 
@@ -19,6 +20,7 @@ pub use check::check;
 pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
+pub use info::info;
 pub use prepare::prepare;
 pub use snapshot::{Snapshot, snapshots};
 

@@ -3,4 +3,5 @@
 mod check;
 mod create;
 mod header;
+mod info;
 mod tools;
