@@ -12,7 +12,9 @@ mod create;
 mod extension;
 mod header;
 mod info;
+mod offline;
 mod prepare;
+mod resize;
 mod snapshot;
 
 pub use bitmap::{Bitmap, bitmaps};
@@ -22,7 +24,8 @@ pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
 pub use info::info;
 pub use prepare::prepare;
-pub use snapshot::{Snapshot, snapshots};
+pub use resize::resize;
+pub use snapshot::{Snapshot, apply_snapshot, delete_snapshot, find, snapshots, take_snapshot};
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";

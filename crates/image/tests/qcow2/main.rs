@@ -4,4 +4,5 @@ mod check;
 mod create;
 mod header;
 mod info;
+mod snapshot;
 mod tools;
