@@ -15,12 +15,15 @@ mod free;
 mod header;
 mod health;
 mod image;
+mod info;
 mod map;
+mod offline;
 mod packed;
 mod place;
 mod prepare;
 mod refcount;
 mod reserved;
+mod resize;
 mod snapshot;
 mod table;
 mod width;
@@ -32,8 +35,10 @@ pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
 pub use image::Qcow2;
+pub use info::info;
 pub use prepare::prepare;
-pub use snapshot::{Snapshot, snapshots};
+pub use resize::resize;
+pub use snapshot::{Snapshot, apply_snapshot, delete_snapshot, find, snapshots, take_snapshot};
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
