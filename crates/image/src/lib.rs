@@ -6,6 +6,7 @@ mod format;
 pub mod metadata;
 mod raw;
 mod report;
+pub mod vhd;
 
 use std::any::Any;
 use std::rc::Rc;
