@@ -4,8 +4,10 @@ mod chain;
 mod error;
 mod format;
 pub mod metadata;
+pub mod qcow2;
 mod raw;
 mod report;
+pub mod tool;
 pub mod vhd;
 
 use std::any::Any;

@@ -16,6 +16,7 @@
 
 mod blocks;
 mod ledger;
+mod ledger_file;
 mod pins;
 mod round;
 mod units;
@@ -35,6 +36,7 @@ use storage::{Io, Storage};
 use crate::ImageError;
 use blocks::Blocks;
 pub use ledger::{Change, Ledger};
+pub use ledger_file::LedgerFile;
 use pins::Pins;
 pub use units::Units;
 
