@@ -1,0 +1,109 @@
+//! Disks that become larger, and the largest.
+
+use super::*;
+
+#[test]
+fn disks_grow_and_keep_their_bytes() {
+    for (subformat, block) in [
+        (Subformat::Fixed, 2 << 20),
+        (Subformat::Dynamic, 2 << 20),
+        (Subformat::Dynamic, 65536),
+        (Subformat::Dynamic, 4096),
+    ] {
+        let folder = folder();
+        let path = folder.path().join("a.vhd");
+        let at = path.clone();
+        run(async move |handle| {
+            let storage = file(&handle, &at);
+            vhd::create(&storage, &Create { size: 5 * MIB, subformat, block, ..Create::default() })
+                .await
+                .unwrap();
+            let mut model = vec![0; 5 << 20];
+            let mut random = Random(block.into());
+            for size in [5 * MIB + 512, 5 * MIB + 512, 6 * MIB, 11 * MIB, 40 * MIB] {
+                let image = open_image(&handle, storage.clone(), true).await.unwrap();
+                let disk = Chain::new(&handle, Rc::new(image));
+                change(&disk, &mut model, &mut random, 40).await;
+                if size == 6 * MIB {
+                    disk.close().await.unwrap();
+                    vhd::resize(&storage, size).await.unwrap();
+                    model.resize(size as usize, 0);
+                    continue;
+                }
+                disk.resize(size).await.unwrap();
+                model.resize(size as usize, 0);
+                assert_eq!(disk.size(), size);
+                assert!(all_of(&disk).await == model, "{subformat:?} {block} {size}");
+                change(&disk, &mut model, &mut random, 40).await;
+                disk.close().await.unwrap();
+                judge(&contents(&storage).await);
+                let report = vhd::check(&storage, Repair::No).await.unwrap();
+                assert!(report.is_safe(), "{report:?}");
+                let error = vhd::resize(&storage, size - 512).await.unwrap_err();
+                assert!(error.to_string().contains("smaller"), "{error}");
+            }
+            std::fs::write(at.with_extension("model"), &model).unwrap();
+        });
+        let model = std::fs::read(path.with_extension("model")).unwrap();
+        assert!(bytes_by_qemu(&path) == model, "by QEMU, {subformat:?} {block}");
+    }
+}
+
+#[test]
+fn images_of_qemu_grow_too() {
+    let folder = folder();
+    let path = folder.path().join("a.vhd");
+    for options in ["subformat=dynamic", "subformat=dynamic,force_size=on", "subformat=fixed"] {
+        qemu("qemu-img", &["create", "-q", "-f", "vpc", "-o", options, text(&path), "10M"]);
+        qemu("qemu-io", &["-f", "vpc", "-c", "write -P 7 1M 5M", text(&path)]);
+        let mut model = bytes_by_qemu(&path);
+        for size in [30 * MIB, 700 * MIB] {
+            let at = path.clone();
+            run(async move |handle| vhd::resize(&file(&handle, &at), size).await.unwrap());
+            model.resize(size as usize, 0);
+            assert_eq!(size_by_qemu(&path), size);
+            assert!(bytes_by_qemu(&path) == model, "{options}");
+        }
+        let at = path.clone();
+        let report = run(async move |handle| vhd::check(&file(&handle, &at), Repair::No).await.unwrap());
+        assert!(report.is_safe(), "{report:?}");
+    }
+}
+
+#[test]
+fn an_image_in_use_grows_as_far_as_its_table_goes() {
+    run(async |handle| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: 5 * MIB, ..Create::default() }).await.unwrap();
+        let header = Header::read(&ram).await.unwrap();
+        let settings = Settings { writable: true, lasting: true, ..Settings::default() };
+        let image = Vhd::open(&handle, header, ram.clone(), settings).await.unwrap();
+        let disk = Chain::new(&handle, Rc::new(image));
+        disk.write(0, Buf::from_bytes(&[3; 4096])).await.unwrap();
+        disk.resize(6 * MIB).await.unwrap();
+        assert_eq!(disk.size(), 6 * MIB);
+        let error = disk.resize(7 * MIB).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::EOPNOTSUPP);
+        assert_eq!(disk.size(), 6 * MIB);
+        disk.close().await.unwrap();
+        judge(&contents(&ram).await);
+    });
+}
+
+#[test]
+fn the_limit_of_2040_gib_is_told() {
+    run(async |_| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        let most = 2040 << 30;
+        vhd::create(&ram, &Create { size: most, ..Create::default() }).await.unwrap();
+        assert_eq!(Header::read(&ram).await.unwrap().size(), most);
+        for result in [
+            vhd::resize(&ram, most + 1).await,
+            vhd::create(&ram, &Create { size: most + 1, ..Create::default() }).await,
+        ] {
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains("2040 GiB"), "{error}");
+        }
+        assert_eq!(Header::read(&ram).await.unwrap().size(), most, "it is as it was");
+    });
+}
