@@ -13,7 +13,7 @@ use super::batmap::Batmap;
 use super::blocks::ALIGN;
 use super::footer::{self, Footer, Subformat};
 use super::geometry::Geometry;
-use super::header::{Locator, SECOND, SECOND_COOKIE, Second, UNUSED, bitmap_len};
+use super::header::{Locator, SECOND, SECOND_COOKIE, Second, UNUSED, bitmap_len, check_blocks};
 use super::locators::{self, Platform};
 use super::{SECTOR, SECTORS_MAX};
 use crate::ImageError;
@@ -250,10 +250,7 @@ async fn create_sparse(
     size: u64,
 ) -> Result<(), ImageError> {
     let block = u64::from(options.block);
-    let count = size.div_ceil(block);
-    let entries = u32::try_from(count).ok().filter(|entries| *entries < UNUSED).ok_or_else(|| {
-        ImageError::Refused(format!("a disk of {size} bytes in blocks of {block}: the blocks are too many"))
-    })?;
+    let entries = check_blocks(size, options.block)?;
     let table_at = SECTOR + SECOND;
     let table_end = table_at + (u64::from(entries) * 4).next_multiple_of(SECTOR);
     let batmap = Batmap::new(table_end, entries);

@@ -1,5 +1,7 @@
 //! Failing storages, power cuts, and block devices.
 
+use image::metadata::{Change, Ledger};
+
 use super::*;
 
 /// Memory that keeps what was synced apart from what was not, and fails or stays as long as it is when told to.
@@ -313,5 +315,57 @@ fn on_a_block_device_blocks_come_between_header_and_footer() {
         disk.flush().await.unwrap();
         assert!(all_of(&disk).await[..written as usize].iter().all(|byte| *byte == 4));
         judge(&contents(&device).await);
+    });
+}
+
+/// Notes of a process that has died, kept outside of it.
+#[derive(Clone, Default)]
+struct Notes(Rc<RefCell<Vec<Change>>>, Rc<Cell<usize>>);
+
+impl Ledger for Notes {
+    fn changes(&self) -> std::io::Result<Vec<Change>> {
+        Ok(self.0.borrow().clone())
+    }
+
+    fn note(&self, group: &[Change]) -> std::io::Result<()> {
+        self.0.borrow_mut().extend(group);
+        Ok(())
+    }
+
+    fn begin(&self) {
+        self.1.set(self.0.borrow().len());
+    }
+
+    fn end(&self) {
+        self.0.borrow_mut().drain(..self.1.get());
+    }
+}
+
+#[test]
+fn what_was_answered_is_there_after_the_death_of_the_process() {
+    run(async |handle| {
+        for seed in 0..60u64 {
+            let (block, below) =
+                [(4096, false), (65536, true), (4096, true), (1 << 20, true)][seed as usize % 4];
+            let mut image = empty(block, below).await;
+            let notes = Notes::default();
+            let mut random = Random(seed);
+            let fill = if below { 0x77 } else { 0 };
+            let mut model: Vec<u8> = vec![fill; 1 << 20];
+            for life in 0..5 {
+                // What the process before has left, without an end of any kind.
+                let storage = stored(&image).await;
+                let header = Header::read(&storage).await.unwrap();
+                let ledger: Box<dyn Ledger> = Box::new(notes.clone());
+                let settings = Settings { writable: true, lasting: true, ledger: Some(ledger), cache: 0 };
+                let top = Vhd::open(&handle, header, storage.clone(), settings).await.unwrap();
+                let below =
+                    if below { vec![Rc::new(Raw::new(stored(&[0x77; 1 << 20]).await)) as _] } else { vec![] };
+                let disk = Chain::over(&handle, Rc::new(top), below);
+                assert!(all_of(&disk).await == model, "seed {seed}, life {life}");
+                change(&disk, &mut model, &mut random, 30).await;
+                image = contents(&storage).await;
+            }
+        }
     });
 }

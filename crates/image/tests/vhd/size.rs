@@ -57,7 +57,7 @@ fn images_of_qemu_grow_too() {
         qemu("qemu-img", &["create", "-q", "-f", "vpc", "-o", options, text(&path), "10M"]);
         qemu("qemu-io", &["-f", "vpc", "-c", "write -P 7 1M 5M", text(&path)]);
         let mut model = bytes_by_qemu(&path);
-        for size in [30 * MIB, 700 * MIB] {
+        for size in [30 * MIB, 300 * MIB] {
             let at = path.clone();
             run(async move |handle| vhd::resize(&file(&handle, &at), size).await.unwrap());
             model.resize(size as usize, 0);
