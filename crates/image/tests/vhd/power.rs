@@ -369,3 +369,41 @@ fn what_was_answered_is_there_after_the_death_of_the_process() {
         }
     });
 }
+
+#[test]
+fn a_place_that_was_given_back_is_clean_when_it_is_used_again() {
+    run(async |handle| {
+        for below in [false, true] {
+            let storage = stored(&empty(65536, below).await).await;
+            let image = Rc::new(open_image(&handle, storage.clone(), true).await.unwrap());
+            let fill = if below { 0x77 } else { 0 };
+            let mut model: Vec<u8> = vec![fill; 1 << 20];
+            let disk = {
+                let raw = stored(&[0x77; 1 << 20]).await;
+                let lower: Vec<Rc<dyn Image>> = if below { vec![Rc::new(Raw::new(raw))] } else { vec![] };
+                Chain::over(&handle, image.clone(), lower)
+            };
+            // A part of what was to be written came there, then the rest failed.
+            let placement = image.place(Span::new(200_000, 30_000).unwrap()).await.unwrap();
+            storage.write(placement.at, Buf::from_bytes(&[0xbd; 20_000])).await.unwrap();
+            image.give_up(placement);
+            let length = storage.size();
+            disk.write(500_100, Buf::from_bytes(&[1; 100])).await.unwrap();
+            model[500_100..500_200].fill(1);
+            assert_eq!(storage.size(), length, "the place is used again");
+            assert!(all_of(&disk).await == model);
+            // Another one is given back by the end: the file ends before it.
+            let placement = image.place(Span::new(800_000, 100).unwrap()).await.unwrap();
+            image.give_up(placement);
+            disk.close().await.unwrap();
+            drop((disk, image));
+            judge(&contents(&storage).await);
+            let report = vhd::check(&storage, Repair::No).await.unwrap();
+            assert!(report.is_clean(), "{report:?}");
+            // QEMU does not look at bitmaps: what is not written is zero for it too.
+            let bytes = contents(&storage).await;
+            assert!(!bytes.windows(8).any(|some| some == [0xbd; 8]), "nothing is left of it");
+            assert!(all_of(&over(&handle, storage, below).await).await == model);
+        }
+    });
+}
