@@ -43,6 +43,8 @@ pub(super) struct Blocks {
     pub(super) next: Cell<u64>,
     /// Byte after the last one that a block can have: where the footer is, in an image that is written.
     pub(super) limit: Cell<u64>,
+    /// Whether the end was moved, and is to be tidied up at last.
+    pub(super) has_grown: Cell<bool>,
     /// Places that were given back, by the byte where the bitmap would be.
     pub(super) spare: RefCell<Vec<u64>>,
     pub(super) footer: RefCell<Footer>,
@@ -76,6 +78,7 @@ impl Blocks {
             growing: Permits::new(1),
             next: Cell::new(0),
             limit: Cell::new(0),
+            has_grown: Cell::new(false),
             spare: RefCell::default(),
             footer: RefCell::new(header.footer),
         };
@@ -93,13 +96,18 @@ impl Blocks {
         sparse: &Sparse,
     ) -> std::result::Result<(), ImageError> {
         let file = self.file().clone();
-        self.table_at.set(sparse.second.table_at.get());
+        if self.table_at.replace(sparse.second.table_at.get()) != sparse.second.table_at.get() {
+            // A table that has moved may lie over them.
+            self.spare.borrow_mut().clear();
+        }
         self.count.set(sparse.blocks);
         self.full.borrow_mut().resize((sparse.blocks as usize).div_ceil(64), 0);
         *self.footer.borrow_mut() = header.footer;
         let end = header.footer_at.unwrap_or(file.size());
         let last = self.judge(sparse, end).await?;
         let next = last.map_or(0, |last| last + self.whole()).max(sparse.taken_until());
+        // Places that were given away and are not in the table yet are behind those that are.
+        let next = next.max(self.next.get());
         self.next.set(next);
         self.limit.set(end);
         if self.writable {

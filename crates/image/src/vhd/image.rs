@@ -107,7 +107,9 @@ impl Vhd {
     /// Leaves no space at the end that nothing uses.
     async fn trim(&self, blocks: &Blocks) -> Result<()> {
         let next = blocks.give_back();
-        if blocks.limit.get() == next && self.storage.size() == next + SECTOR {
+        let is_tidy = blocks.limit.get() == next && self.storage.size() == next + SECTOR;
+        // Space at the end that was there before is somebody's wish.
+        if is_tidy || !blocks.has_grown.get() {
             return Ok(());
         }
         // The footer goes with the end; its copy at 0 is there until the new one is. A block device stays as it is.

@@ -37,7 +37,8 @@ pub(super) async fn has_room(file: &Rc<dyn Storage>, bytes: u64) -> Result<bool,
     Ok(more.iter().all(|byte| *byte == 0xff))
 }
 
-/// Makes the disk of an image larger; what is added reads as zero.
+/// Makes the disk of an image larger; what is added reads as zero. In a differencing image it is what the image below has
+/// there: nothing, unless that was larger than the one above it, which VHD's own tools do not allow.
 ///
 /// # Errors
 /// Less than it has, or more than a VHD can have; those of the image and its file.

@@ -107,3 +107,62 @@ fn the_limit_of_2040_gib_is_told() {
         assert_eq!(Header::read(&ram).await.unwrap().size(), most, "it is as it was");
     });
 }
+
+#[test]
+fn a_place_that_is_being_written_stays_its_writers_while_the_disk_grows() {
+    run(async |handle| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: MIB, block: 1 << 20, ..Create::default() }).await.unwrap();
+        // As blktap makes room for a larger disk: the table has more entries than blocks.
+        vhd::resize(&ram, 20 * MIB).await.unwrap();
+        let mut bytes = contents(&ram).await;
+        let last = bytes.len() - 512;
+        for at in [0, last] {
+            bytes[at + 48..at + 56].copy_from_slice(&(10 * MIB).to_be_bytes());
+            seal(&mut bytes, at);
+        }
+        let ram = stored(&bytes).await;
+        let header = Header::read(&ram).await.unwrap();
+        let settings = Settings { writable: true, lasting: true, ..Settings::default() };
+        let image = Rc::new(Vhd::open(&handle, header, ram.clone(), settings).await.unwrap());
+        let disk = Chain::new(&handle, image.clone());
+        let placement = image.place(Span::new(5 * MIB, 4096).unwrap()).await.unwrap();
+        disk.resize(20 * MIB).await.unwrap();
+        disk.write(15 * MIB, Buf::from_bytes(&[2; 4096])).await.unwrap();
+        ram.write(placement.at, Buf::from_bytes(&[1; 4096])).await.unwrap();
+        image.commit(placement).await.unwrap();
+        let mut model = vec![0; 20 << 20];
+        model[5 << 20..][..4096].fill(1);
+        model[15 << 20..][..4096].fill(2);
+        assert!(all_of(&disk).await == model);
+        disk.close().await.unwrap();
+        judge(&contents(&ram).await);
+    });
+}
+
+#[test]
+fn space_at_the_end_that_was_there_before_stays() {
+    run(async |handle| {
+        let (ram, _) = sample(&handle, Create { size: 30 * MIB, ..Create::default() }).await;
+        let mut bytes = contents(&ram).await;
+        let footer = bytes.split_off(bytes.len() - 512);
+        bytes.resize(bytes.len() + (1 << 20), 0);
+        bytes.extend(&footer);
+        let ram = stored(&bytes).await;
+        let image = open_image(&handle, ram.clone(), true).await.unwrap();
+        let disk = Chain::new(&handle, Rc::new(image));
+        let before = all_of(&disk).await;
+        disk.close().await.unwrap();
+        assert!(contents(&ram).await == bytes, "nobody has written anything");
+        let report = vhd::check(&ram, Repair::No).await.unwrap();
+        assert!(report.leaks == 1 && report.is_safe(), "{report:?}");
+        // New blocks take it first.
+        let disk = over(&handle, ram.clone(), false).await;
+        disk.write(0, Buf::from_bytes(&vec![7; 30 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        let report = vhd::check(&ram, Repair::No).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        judge(&contents(&ram).await);
+        assert!(before.len() == 30 << 20);
+    });
+}
