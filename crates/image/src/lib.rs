@@ -5,8 +5,10 @@ mod error;
 mod format;
 pub mod metadata;
 pub mod qcow;
+pub mod qcow2;
 mod raw;
 mod report;
+pub mod tool;
 
 use std::any::Any;
 use std::rc::Rc;

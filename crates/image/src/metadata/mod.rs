@@ -16,6 +16,7 @@
 
 mod blocks;
 mod ledger;
+mod ledger_file;
 mod pins;
 mod round;
 mod units;
@@ -35,8 +36,9 @@ use storage::{Io, Storage};
 use crate::ImageError;
 use blocks::Blocks;
 pub use ledger::{Change, Ledger};
+pub use ledger_file::LedgerFile;
 use pins::Pins;
-pub use units::Units;
+pub use units::{Lock, Units};
 
 /// Memory for metadata, in bytes, if nobody says: enough for the tables of 256 GiB in clusters of 64 KiB.
 const CACHE: usize = 32 << 20;
