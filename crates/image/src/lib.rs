@@ -3,6 +3,8 @@
 mod chain;
 mod error;
 mod format;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod metadata;
 pub mod qcow;
 pub mod qcow2;
