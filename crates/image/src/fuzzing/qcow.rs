@@ -3,24 +3,16 @@
 use std::io::Write;
 use std::rc::Rc;
 
-use block::Buf;
 use runtime::Handle;
 use storage::{Ram, Storage};
 
 use super::RUNTIME;
-use super::subject::{POISON, Subject, Tried};
+use super::subject::{POISON, SIZE, Subject, Tried, be64, fill, whole};
 use crate::qcow::{self, Create, Header};
-use crate::{Chain, Image, ImageError, Raw, Repair, Report, Settings};
+use crate::{Image, ImageError, Repair, Report, Settings};
 
 /// The format.
 pub(super) struct Qcow;
-
-/// Bytes of its disks: no multiple of any cluster but the smallest.
-const SIZE: u64 = 300_032;
-
-fn be64(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |word| u64::from_be_bytes(*word))
-}
 
 impl Subject for Qcow {
     fn name(&self) -> &'static str {
@@ -39,22 +31,9 @@ impl Subject for Qcow {
                 qcow::create(&file, &create).await.expect("it can be made");
                 let header = Header::read(&file).await.expect("it was just made");
                 let settings = Settings { writable: true, ..Settings::default() };
-                let image = qcow::Qcow::open(&handle, header, file.clone(), settings)
-                    .await
-                    .expect("it was just made");
-                let below: Vec<Rc<dyn Image>> = vec![Rc::new(Raw::new(Rc::new(Ram::new(0))))];
-                let disk = Chain::over(&handle, Rc::new(image), below);
-                for (at, len, byte) in
-                    [(0, 5000, 0x11), (70_000, 9000, 0x22), (200_000, 100, 0x33), (299_000, 1032, 0x44)]
-                {
-                    let buf = Buf::zeroed(len);
-                    buf.fill(byte);
-                    disk.write(at, buf).await.expect("memory never fails");
-                }
-                disk.close().await.expect("memory never fails");
-                let buf = Buf::zeroed(file.size() as usize);
-                file.read(0, buf.clone()).await.expect("memory never fails");
-                buf.to_vec()
+                let image = qcow::Qcow::open(&handle, header, file.clone(), settings).await;
+                fill(&handle, Rc::new(image.expect("it was just made"))).await;
+                whole(&*file).await
             })
         });
         if options & 8 != 0 {

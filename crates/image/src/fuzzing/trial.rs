@@ -72,11 +72,11 @@ fn damaged(subject: &'static dyn Subject, program: &Program) -> (Vec<u8>, u64) {
     for record in &program.damages {
         apply(record, &mut bytes, words, &mut len);
     }
-    if program.flags & 1 == 0 {
-        subject.seal(&mut bytes);
-    }
     if bytes.contains(&POISON) {
         bytes.iter_mut().filter(|byte| **byte == POISON).for_each(|byte| *byte = POISON - 1);
+    }
+    if program.flags & 1 == 0 {
+        subject.seal(&mut bytes);
     }
     (bytes, len)
 }
