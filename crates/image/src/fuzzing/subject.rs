@@ -46,11 +46,6 @@ pub(super) trait Subject {
 /// What fresh memory is full of in debug builds (`block::Pool`). No byte of an image is this, so that it can be told.
 pub(super) const POISON: u8 = 0xa5;
 
-/// The big-endian number of 4 bytes there; 0 if they are not.
-pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |word| u32::from_be_bytes(*word))
-}
-
 /// The big-endian number of 8 bytes there; 0 if they are not.
 pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |word| u64::from_be_bytes(*word))
