@@ -3,7 +3,10 @@
 mod chain;
 mod error;
 mod format;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod metadata;
+pub mod qcow;
 pub mod qcow2;
 mod raw;
 mod report;
