@@ -4,6 +4,8 @@ mod chain;
 mod error;
 mod format;
 pub mod metadata;
+mod places;
+pub mod probe;
 mod raw;
 mod report;
 
@@ -16,6 +18,7 @@ use storage::{Io, Storage, Zeroing};
 pub use chain::Chain;
 pub use error::ImageError;
 pub use format::{Backing, Format, UnknownFormat};
+pub use places::Allowed;
 pub use raw::Raw;
 pub use report::{Repair, Report};
 
