@@ -6,8 +6,10 @@ mod format;
 pub mod metadata;
 mod places;
 pub mod probe;
+pub mod qcow2;
 mod raw;
 mod report;
+pub mod tool;
 
 use std::any::Any;
 use std::rc::Rc;
