@@ -1,0 +1,83 @@
+//! The header of an image, of whatever format.
+
+use std::rc::Rc;
+
+use storage::Storage;
+
+use crate::{Backing, Format, ImageError, qcow2};
+
+/// What an image says of itself.
+#[derive(Clone, Debug)]
+pub enum Header {
+    /// Nothing: it is raw.
+    Raw {
+        /// Bytes of the disk.
+        size: u64,
+    },
+    /// As the format has it.
+    Qcow2(Box<qcow2::Header>),
+}
+
+impl Header {
+    /// Reads the header of an image of this format and finds it sound; changes nothing.
+    ///
+    /// # Errors
+    /// What makes no sense or is not known here, or the storage's.
+    pub async fn read(file: &Rc<dyn Storage>, format: Format) -> Result<Header, ImageError> {
+        match format {
+            Format::Raw => Ok(Header::Raw { size: file.size() }),
+            Format::Qcow | Format::Vhd => Err(ImageError::Refused("TEMPORARY".into())),
+            Format::Qcow2 => Ok(Header::Qcow2(Box::new(qcow2::Header::read(file).await?))),
+        }
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        match self {
+            Header::Raw { .. } => Format::Raw,
+            Header::Qcow2(_) => Format::Qcow2,
+        }
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        match self {
+            Header::Raw { size } => *size,
+            Header::Qcow2(header) => header.size(),
+        }
+    }
+
+    /// What it says of the image below it.
+    pub fn backing(&self) -> Option<Backing> {
+        match self {
+            Header::Raw { .. } => None,
+            Header::Qcow2(header) => header.backing(),
+        }
+    }
+
+    /// The format of the image below as it has it, where that is none that is known here.
+    pub(crate) fn foreign_backing(&self) -> Option<&str> {
+        match self {
+            Header::Raw { .. } => None,
+            Header::Qcow2(header) => {
+                let name = header.extensions.backing_format.as_deref();
+                name.filter(|name| name.parse::<Format>().is_err())
+            }
+        }
+    }
+
+    /// Whether the disk's bytes are in a file of their own; if so, its name, where the image says one.
+    pub(crate) fn data_file(&self) -> Option<Option<&str>> {
+        match self {
+            Header::Raw { .. } => None,
+            Header::Qcow2(header) => header.has_data_file().then(|| header.data_file()),
+        }
+    }
+
+    /// The identifier by which images above know it (VHD).
+    pub(crate) fn unique_id(&self) -> Option<[u8; 16]> {
+        match self {
+            Header::Raw { .. } | Header::Qcow2(_) => None,
+        }
+    }
+}
