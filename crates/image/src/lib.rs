@@ -8,6 +8,7 @@ pub mod metadata;
 mod open;
 mod places;
 pub mod probe;
+pub mod qcow;
 pub mod qcow2;
 mod raw;
 mod report;
