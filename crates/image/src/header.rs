@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use storage::Storage;
 
-use crate::{Backing, Format, ImageError, qcow2};
+use crate::{Backing, Format, ImageError, qcow, qcow2};
 
 /// What an image says of itself.
 #[derive(Clone, Debug)]
@@ -14,7 +14,9 @@ pub enum Header {
         /// Bytes of the disk.
         size: u64,
     },
-    /// As the format has it.
+    /// As version 1 of the format has it.
+    Qcow(Box<qcow::Header>),
+    /// As versions 2 and 3 have it.
     Qcow2(Box<qcow2::Header>),
 }
 
@@ -26,7 +28,8 @@ impl Header {
     pub async fn read(file: &Rc<dyn Storage>, format: Format) -> Result<Header, ImageError> {
         match format {
             Format::Raw => Ok(Header::Raw { size: file.size() }),
-            Format::Qcow | Format::Vhd => Err(ImageError::Refused("TEMPORARY".into())),
+            Format::Qcow => Ok(Header::Qcow(Box::new(qcow::Header::read(file).await?))),
+            Format::Vhd => Err(ImageError::Refused("TEMPORARY".into())),
             Format::Qcow2 => Ok(Header::Qcow2(Box::new(qcow2::Header::read(file).await?))),
         }
     }
@@ -35,6 +38,7 @@ impl Header {
     pub fn format(&self) -> Format {
         match self {
             Header::Raw { .. } => Format::Raw,
+            Header::Qcow(_) => Format::Qcow,
             Header::Qcow2(_) => Format::Qcow2,
         }
     }
@@ -43,6 +47,7 @@ impl Header {
     pub fn size(&self) -> u64 {
         match self {
             Header::Raw { size } => *size,
+            Header::Qcow(header) => header.size(),
             Header::Qcow2(header) => header.size(),
         }
     }
@@ -51,6 +56,7 @@ impl Header {
     pub fn backing(&self) -> Option<Backing> {
         match self {
             Header::Raw { .. } => None,
+            Header::Qcow(header) => header.backing(),
             Header::Qcow2(header) => header.backing(),
         }
     }
@@ -58,7 +64,7 @@ impl Header {
     /// The format of the image below as it has it, where that is none that is known here.
     pub(crate) fn foreign_backing(&self) -> Option<&str> {
         match self {
-            Header::Raw { .. } => None,
+            Header::Raw { .. } | Header::Qcow(_) => None,
             Header::Qcow2(header) => {
                 let name = header.extensions.backing_format.as_deref();
                 name.filter(|name| name.parse::<Format>().is_err())
@@ -69,7 +75,7 @@ impl Header {
     /// Whether the disk's bytes are in a file of their own; if so, its name, where the image says one.
     pub(crate) fn data_file(&self) -> Option<Option<&str>> {
         match self {
-            Header::Raw { .. } => None,
+            Header::Raw { .. } | Header::Qcow(_) => None,
             Header::Qcow2(header) => header.has_data_file().then(|| header.data_file()),
         }
     }
@@ -77,7 +83,7 @@ impl Header {
     /// The identifier by which images above know it (VHD).
     pub(crate) fn unique_id(&self) -> Option<[u8; 16]> {
         match self {
-            Header::Raw { .. } | Header::Qcow2(_) => None,
+            Header::Raw { .. } | Header::Qcow(_) | Header::Qcow2(_) => None,
         }
     }
 }

@@ -7,6 +7,7 @@ use runtime::Handle;
 use storage::Storage;
 
 use crate::metadata::{Ledger, LedgerFile};
+use crate::qcow::Qcow;
 use crate::walk::{Held, Layer, Options, walk};
 use crate::{Chain, Header, Image, ImageError, Raw, Settings};
 
@@ -70,18 +71,13 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
     Ok(Disk { chain: Chain::over(handle, top, images.collect()), layers })
 }
 
-async fn open_image(
-    handle: &Handle,
-    layer: &Layer,
-    settings: Settings,
-) -> Result<Rc<dyn Image>, ImageError> {
+async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Result<Rc<dyn Image>, ImageError> {
     let (file, data): (Rc<dyn Storage>, Option<Rc<dyn Storage>>) =
         (layer.file.storage.clone(), layer.data.as_ref().map(|data| data.storage.clone()));
     Ok(match layer.header.clone() {
         Header::Raw { .. } => Rc::new(Raw::new(file)),
         Header::Qcow(header) => Rc::new(Qcow::open(handle, *header, file, settings).await?),
-        Header::Qcow2(header) => Rc::new(Qcow2::open(handle, *header, file, data, settings).await?),
-        Header::Vhd(header) => Rc::new(Vhd::open(handle, *header, file, settings).await?),
+        Header::Qcow2(_) => return Err(ImageError::Refused(format!("TEMPORARY {}", data.is_some()))),
     })
 }
 
@@ -89,7 +85,7 @@ async fn open_image(
 fn ledger(layer: &Layer) -> Result<Option<LedgerFile>, ImageError> {
     let record = match (&layer.header, &layer.file.record) {
         (Header::Raw { .. }, _) | (_, None) => return Ok(None),
-        (Header::Qcow(_) | Header::Qcow2(_) | Header::Vhd(_), Some(record)) => record,
+        (Header::Qcow(_) | Header::Qcow2(_), Some(record)) => record,
     };
     LedgerFile::open(record).map(Some).map_err(|error| ImageError::Refused(error.to_string()))
 }

@@ -105,7 +105,7 @@ fn resolve(image: &Path, name: &str) -> Option<PathBuf> {
         None if name.split('/').next().is_some_and(|first| first.contains(':')) => return None,
         None => name,
     };
-    (!name.is_empty()).then(|| folder(image).join(name))
+    (!name.is_empty()).then(|| image.parent().unwrap_or(Path::new("")).join(name))
 }
 
 /// The folder that a path is in.

@@ -59,7 +59,9 @@ impl Contents {
     }
 
     fn of_image(runtime: &Runtime, path: &Path, arguments: &Serve) -> anyhow::Result<Contents> {
-        if let (Some(_), Some(format)) = (arguments.create, arguments.format.filter(|format| *format != Format::Raw)) {
+        if let (Some(_), Some(format)) =
+            (arguments.create, arguments.format.filter(|format| *format != Format::Raw))
+        {
             anyhow::bail!("--create makes raw images: `tapdisk create --format {format}` makes this one");
         }
         let cache = match arguments.cache {
@@ -144,7 +146,9 @@ fn describe(layers: &[Layer], arguments: &Serve) -> String {
         let data = layer.data.iter().map(|data| format!(", its data in {}", data.path.display()));
         format!("{kind}{}", data.collect::<String>())
     });
-    let Some((top, file)) = lines.next().zip(layers.first().map(|layer| &layer.file)) else { return String::new() };
+    let Some((top, file)) = lines.next().zip(layers.first().map(|layer| &layer.file)) else {
+        return String::new();
+    };
     let io = match (&file.not_direct, file.direct) {
         (Some(why), _) => format!("through the page cache (buffered), since {why}"),
         (None, Some(align)) => format!("past the page cache (O_DIRECT), in units of {align} bytes"),
@@ -164,7 +168,10 @@ fn describe(layers: &[Layer], arguments: &Serve) -> String {
         text.push_str(&format!("\n    over {path}: {size}, {line}"));
     }
     if let Some(backing) = layers.last().and_then(|layer| layer.header.backing()) {
-        text.push_str(&format!("\n    without {:?}, which it names as its backing file: zeroes there", backing.name));
+        text.push_str(&format!(
+            "\n    without {:?}, which it names as its backing file: zeroes there",
+            backing.name
+        ));
     }
     text
 }

@@ -274,6 +274,8 @@ fn absolute(address: &Address) -> anyhow::Result<Address> {
 
 #[cfg(test)]
 mod tests {
+    use storage::Ram;
+
     use super::*;
 
     /// What ends a disk that has so many guests of Xen, and maybe others, when so many of these end; and what has failed.
