@@ -13,6 +13,7 @@ pub mod qcow2;
 mod raw;
 mod report;
 pub mod tool;
+pub mod vhd;
 mod walk;
 
 use std::any::Any;
