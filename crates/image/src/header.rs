@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use storage::Storage;
 
-use crate::{Backing, Format, ImageError, qcow, qcow2};
+use crate::{Backing, Format, ImageError, qcow, qcow2, vhd};
 
 /// What an image says of itself.
 #[derive(Clone, Debug)]
@@ -18,6 +18,8 @@ pub enum Header {
     Qcow(Box<qcow::Header>),
     /// As versions 2 and 3 have it.
     Qcow2(Box<qcow2::Header>),
+    /// As footer and second header have it.
+    Vhd(Box<vhd::Header>),
 }
 
 impl Header {
@@ -29,7 +31,7 @@ impl Header {
         match format {
             Format::Raw => Ok(Header::Raw { size: file.size() }),
             Format::Qcow => Ok(Header::Qcow(Box::new(qcow::Header::read(file).await?))),
-            Format::Vhd => Err(ImageError::Refused("TEMPORARY".into())),
+            Format::Vhd => Ok(Header::Vhd(Box::new(vhd::Header::read(file).await?))),
             Format::Qcow2 => Ok(Header::Qcow2(Box::new(qcow2::Header::read(file).await?))),
         }
     }
@@ -40,6 +42,7 @@ impl Header {
             Header::Raw { .. } => Format::Raw,
             Header::Qcow(_) => Format::Qcow,
             Header::Qcow2(_) => Format::Qcow2,
+            Header::Vhd(_) => Format::Vhd,
         }
     }
 
@@ -49,6 +52,7 @@ impl Header {
             Header::Raw { size } => *size,
             Header::Qcow(header) => header.size(),
             Header::Qcow2(header) => header.size(),
+            Header::Vhd(header) => header.size(),
         }
     }
 
@@ -58,13 +62,14 @@ impl Header {
             Header::Raw { .. } => None,
             Header::Qcow(header) => header.backing(),
             Header::Qcow2(header) => header.backing(),
+            Header::Vhd(header) => header.backing(),
         }
     }
 
     /// The format of the image below as it has it, where that is none that is known here.
     pub(crate) fn foreign_backing(&self) -> Option<&str> {
         match self {
-            Header::Raw { .. } | Header::Qcow(_) => None,
+            Header::Raw { .. } | Header::Qcow(_) | Header::Vhd(_) => None,
             Header::Qcow2(header) => {
                 let name = header.extensions.backing_format.as_deref();
                 name.filter(|name| name.parse::<Format>().is_err())
@@ -75,7 +80,7 @@ impl Header {
     /// Whether the disk's bytes are in a file of their own; if so, its name, where the image says one.
     pub(crate) fn data_file(&self) -> Option<Option<&str>> {
         match self {
-            Header::Raw { .. } | Header::Qcow(_) => None,
+            Header::Raw { .. } | Header::Qcow(_) | Header::Vhd(_) => None,
             Header::Qcow2(header) => header.has_data_file().then(|| header.data_file()),
         }
     }
@@ -84,6 +89,7 @@ impl Header {
     pub(crate) fn unique_id(&self) -> Option<[u8; 16]> {
         match self {
             Header::Raw { .. } | Header::Qcow(_) | Header::Qcow2(_) => None,
+            Header::Vhd(header) => Some(header.unique_id()),
         }
     }
 }

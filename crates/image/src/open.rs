@@ -8,6 +8,8 @@ use storage::Storage;
 
 use crate::metadata::{Ledger, LedgerFile};
 use crate::qcow::Qcow;
+use crate::qcow2::Qcow2;
+use crate::vhd::Vhd;
 use crate::walk::{Held, Layer, Options, walk};
 use crate::{Chain, Header, Image, ImageError, Raw, Settings};
 
@@ -77,7 +79,8 @@ async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Resul
     Ok(match layer.header.clone() {
         Header::Raw { .. } => Rc::new(Raw::new(file)),
         Header::Qcow(header) => Rc::new(Qcow::open(handle, *header, file, settings).await?),
-        Header::Qcow2(_) => return Err(ImageError::Refused(format!("TEMPORARY {}", data.is_some()))),
+        Header::Qcow2(header) => Rc::new(Qcow2::open(handle, *header, file, data, settings).await?),
+        Header::Vhd(header) => Rc::new(Vhd::open(handle, *header, file, settings).await?),
     })
 }
 
@@ -85,7 +88,7 @@ async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Resul
 fn ledger(layer: &Layer) -> Result<Option<LedgerFile>, ImageError> {
     let record = match (&layer.header, &layer.file.record) {
         (Header::Raw { .. }, _) | (_, None) => return Ok(None),
-        (Header::Qcow(_) | Header::Qcow2(_), Some(record)) => record,
+        (Header::Qcow(_) | Header::Qcow2(_) | Header::Vhd(_), Some(record)) => record,
     };
     LedgerFile::open(record).map(Some).map_err(|error| ImageError::Refused(error.to_string()))
 }
