@@ -3,6 +3,7 @@
 mod chain;
 mod error;
 mod format;
+mod frozen;
 mod header;
 pub mod metadata;
 mod open;

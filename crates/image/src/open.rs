@@ -6,6 +6,7 @@ use std::rc::Rc;
 use runtime::Handle;
 use storage::Storage;
 
+use crate::frozen::{Frozen, FrozenLedger};
 use crate::metadata::{Ledger, LedgerFile};
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
@@ -55,7 +56,12 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
         let settings = Settings {
             writable,
             cache: share(options.cache, depth, layers.len()),
-            ledger: ledger.filter(|_| writable).map(|ledger| Box::new(ledger) as Box<dyn Ledger>),
+            ledger: ledger.filter(|_| writable).map(|ledger| -> Box<dyn Ledger> {
+                match layer.poison() {
+                    None => Box::new(ledger),
+                    Some(_) => Box::new(FrozenLedger(ledger)),
+                }
+            }),
             lasting: options.lasting && writable,
         };
         let image = open_image(handle, layer, settings).await.map_err(|error| match (pending, &layer.file.record) {
@@ -74,8 +80,24 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
 }
 
 async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Result<Rc<dyn Image>, ImageError> {
-    let (file, data): (Rc<dyn Storage>, Option<Rc<dyn Storage>>) =
-        (layer.file.storage.clone(), layer.data.as_ref().map(|data| data.storage.clone()));
+    let data = layer.data.as_ref().map(|data| data.storage.clone());
+    let Some(poison) = layer.poison() else {
+        return open_on(handle, layer, layer.file.storage.clone(), data, settings).await;
+    };
+    let freeze = |storage: Rc<dyn Storage>| Rc::new(Frozen::new(storage, poison.clone()));
+    let (file, data) = (freeze(layer.file.storage.clone()), data.map(freeze));
+    let image = open_on(handle, layer, file.clone(), data.clone().map(|data| data as _), settings).await?;
+    [Some(file), data].into_iter().flatten().for_each(|frozen| frozen.is_opened());
+    Ok(image)
+}
+
+async fn open_on(
+    handle: &Handle,
+    layer: &Layer,
+    file: Rc<dyn Storage>,
+    data: Option<Rc<dyn Storage>>,
+    settings: Settings,
+) -> Result<Rc<dyn Image>, ImageError> {
     Ok(match layer.header.clone() {
         Header::Raw { .. } => Rc::new(Raw::new(file)),
         Header::Qcow(header) => Rc::new(Qcow::open(handle, *header, file, settings).await?),

@@ -74,6 +74,15 @@ pub struct Layer {
     pub data: Option<Held>,
 }
 
+impl Layer {
+    /// The error of a sync of one of its files that failed in a process before this one. A raw image is poisoned by its file
+    /// itself.
+    pub(crate) fn poison(&self) -> Option<Error> {
+        let mut files = std::iter::once(&self.file).chain(&self.data);
+        files.find_map(|held| held.poison.clone()).filter(|_| self.header.format() != Format::Raw)
+    }
+}
+
 /// What a file is, whatever it is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Identity {
