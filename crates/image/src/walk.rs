@@ -31,7 +31,7 @@ pub struct Options {
     pub allowed: Vec<PathBuf>,
     /// Whether what was answered must be there after the death of this process: see [`Settings`](crate::Settings).
     pub lasting: bool,
-    /// What is put over the storage of its file, below its format.
+    /// What is put over the storage of its file, below its format, once that is known.
     pub filter: Option<Filter>,
 }
 
@@ -115,13 +115,22 @@ impl fmt::Display for Role {
 /// The first file that cannot be opened, may not be opened or makes no sense, and who names it.
 pub async fn walk(handle: &Handle, path: &Path, options: &mut Options) -> Result<Vec<Layer>, ImageError> {
     let mut top = hold(handle, path, &options.file).await.map_err(|error| refused(&error))?;
+    // The page cache shows what the disk does not hold, so that not even a header is to be had from there.
+    let unreadable = top.record.clone().filter(|_| top.poison.is_some() && top.direct.is_none());
+    let unreadable = &|error: ImageError| match &unreadable {
+        None => error,
+        Some(record) => ImageError::Refused(format!(
+            "{error}. Look at the image with --cache direct. If nothing of what guests were told matters any more, remove {}",
+            record.path().display()
+        )),
+    };
+    let format = format_of_top(&top, options).await.map_err(unreadable)?;
     if let Some(filter) = options.filter.take() {
         top.storage = filter(top.storage);
     }
-    let format = format_of_top(&top, options).await?;
     let allowed = Allowed::new(path, top.is_block_device, &options.allowed)?;
     let mut walk = Walk { handle, options, allowed, layers: Vec::new() };
-    walk.take(top, format).await?;
+    walk.take(top, format).await.map_err(unreadable)?;
     while let Some(backing) = walk.next()? {
         let (file, format) = walk.backing(&backing).await?;
         walk.take(file, format).await?;
@@ -354,18 +363,23 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
     if file.created {
         return Ok(Format::Raw);
     }
-    let (look, path) = (look(file).await?, file.path.display());
+    let (look, path) = (look(file).await, file.path.display());
     if probe::is_raw_by_name(&file.path, file.is_block_device) {
-        if look != Look::Nothing {
-            let looks = described(look);
-            tracing::warn!(
-                image = %path, looks,
-                "taken for raw, as its name or kind says, whatever a guest has written to it; --format says otherwise"
-            );
+        match look {
+            Ok(Look::Nothing) => {}
+            Ok(look) => {
+                let looks = described(look);
+                tracing::warn!(
+                    image = %path, looks,
+                    "taken for raw, as its name or kind says, whatever a guest has written to it; --format says otherwise"
+                );
+            }
+            // What it looks like is of no importance.
+            Err(error) => tracing::debug!(image = %path, %error, "it cannot be looked at"),
         }
         return Ok(Format::Raw);
     }
-    match look {
+    match look? {
         // It may be a disk that was made in this way, and then written by its guest.
         Look::Of(format) if options.file.create.is_some() => Err(ImageError::Refused(format!(
             "{path} is there already and looks like {format}, but `--create` makes raw images: --format raw or --format \
@@ -373,7 +387,7 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         ))),
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
-        Look::Nothing | Look::Foreign(_) => Err(ImageError::Refused(format!(
+        look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
             "{path} {}: --format raw serves its bytes as they are",
             described(look)
         ))),

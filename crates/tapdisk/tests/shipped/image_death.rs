@@ -259,6 +259,9 @@ fn an_image_whose_sync_has_failed_is_served_poisoned_until_it_is_stopped_in_orde
             server.kill();
             assert!(std::fs::read(&image).unwrap() == before, "{name}: nothing is written to it");
         }
+        // The page cache may show what is not on the disk, so that not even the map is to be had from there.
+        let why = refused(&["serve", words[0], words[1], words[2], "--cache", "buffered"]);
+        assert!(why.contains("a sync failed") && why.contains("--cache direct"), "{name}: {why}");
         let ended = start().stop();
         assert_eq!(ended.status.code(), Some(1), "{name}: {}", ended.stderr);
         assert!(
