@@ -4,6 +4,8 @@ mod chain;
 mod error;
 mod format;
 mod frozen;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod header;
 pub mod metadata;
 mod open;
