@@ -1,5 +1,9 @@
 //! qcow2 against QEMU's own tools.
 
+mod check;
 mod create;
+mod disk;
+mod faults;
 mod header;
+mod space;
 mod tools;
