@@ -124,3 +124,20 @@ fn share(cache: usize, depth: usize, count: usize) -> usize {
         (_, _, count) => (cache / 2 / (count - 1)).max(CACHE_MIN),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_for_tables_is_shared_and_half_of_it_is_the_tops() {
+        assert_eq!(share(0, 0, 3), 0);
+        assert_eq!(share(64 << 20, 0, 1), 64 << 20);
+        for count in [2, 3, 30] {
+            let all: usize = (0..count).map(|depth| share(64 << 20, depth, count)).sum();
+            assert!((63 << 20..=64 << 20).contains(&all), "{count}: {all}");
+            assert_eq!(share(64 << 20, 0, count), 32 << 20);
+        }
+        assert_eq!(share(1 << 20, 5, 100), CACHE_MIN);
+    }
+}
