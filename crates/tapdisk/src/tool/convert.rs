@@ -1,0 +1,83 @@
+//! `tapdisk convert`: copies a disk into a new image.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::rc::Rc;
+
+use anyhow::{Context, bail};
+use image::tool::{self, ToolError, Watch};
+use image::{Chain, Format, Raw};
+use runtime::Handle;
+use storage::Storage;
+use storage::file::{self, File};
+
+use super::create::Plan;
+use super::disk::{self, Access, Disk};
+use super::progress::Progress;
+use super::target::{self, Target};
+use crate::cli::tool::{Cache, Convert};
+
+pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<()> {
+    let format = arguments.output_format;
+    let Some(plan) = Plan::new(format, &arguments.options)? else { return Ok(()) };
+    if arguments.compress && format != Format::Qcow2 {
+        bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
+    }
+    let source_cache = cache(arguments.source_cache);
+    let source = disk::open(handle, &arguments.source, arguments.format, Access::Read, source_cache).await?;
+    refuse_own_source(&source, &arguments.target)?;
+    let (target, opened) = target::make(&arguments.target, arguments.force, cache(arguments.target_cache))?;
+    let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
+    let done = copy(handle, arguments, plan, &source, &target, file).await;
+    match done {
+        Ok(()) => target.finish(),
+        Err(error) => {
+            let path = arguments.target.display();
+            let left = if target.is_file() { "nothing is left of it" } else { "what is on it is incomplete" };
+            Err(error.context(format!("{path} was not made, {left}")))
+        }
+    }
+}
+
+async fn copy(
+    handle: &Handle,
+    arguments: &Convert,
+    plan: Plan,
+    source: &Disk,
+    target: &Target,
+    file: Rc<dyn Storage>,
+) -> anyhow::Result<()> {
+    let from: Rc<dyn Storage> = source.chain.clone();
+    let watch: Rc<dyn Watch> = Rc::new(Progress::new(from.size(), arguments.progress)?);
+    plan.make(&file, from.size()).await?;
+    let to = Rc::new(Chain::new(handle, Rc::new(Raw::new(file))));
+    if to.size() < from.size() {
+        let (there, needed) = (to.size(), from.size());
+        bail!("{} has {there} bytes, the disk {needed}", arguments.target.display());
+    }
+    let how = tool::Convert { unit: 4096, blank: target.is_file() };
+    let storage: Rc<dyn Storage> = to.clone();
+    tool::convert(handle, &from, &storage, how, &watch).await?;
+    to.close().await.map_err(ToolError::Target)?;
+    Ok(())
+}
+
+/// Writing an image while it is read would lose what is behind the reader.
+fn refuse_own_source(source: &Disk, target: &Path) -> anyhow::Result<()> {
+    let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
+    for layer in &source.layers {
+        let image = std::fs::metadata(&layer.path)
+            .with_context(|| format!("cannot look at {}", layer.path.display()))?;
+        if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
+            bail!("{} is what is to be copied: give the copy another name", target.display());
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn cache(cache: Cache) -> file::Cache {
+    match cache {
+        Cache::Buffered => file::Cache::Buffered,
+        Cache::Direct => file::Cache::Direct,
+    }
+}

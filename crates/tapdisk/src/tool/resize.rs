@@ -1,0 +1,34 @@
+//! `tapdisk resize`: gives a disk another size.
+
+use anyhow::{Context, bail};
+use runtime::Handle;
+use storage::Storage;
+use storage::file::Cache;
+
+use super::disk::{self, Access, failed};
+use crate::cli::tool::{NewSize, Resize};
+use crate::size;
+
+pub(super) async fn run(handle: &Handle, arguments: &Resize) -> anyhow::Result<()> {
+    let path = &arguments.file;
+    let disk = disk::open(handle, path, arguments.format, Access::Write, Cache::Buffered).await?;
+    let old = disk.chain.size();
+    let new = match arguments.size {
+        NewSize::Exactly(bytes) => bytes,
+        NewSize::More(bytes) => old
+            .checked_add(bytes)
+            .filter(|sum| i64::try_from(*sum).is_ok())
+            .with_context(|| format!("{} would be larger than any disk (8 EiB)", path.display()))?,
+    };
+    if new < old && !arguments.shrink {
+        bail!(
+            "{} has {}: making it smaller loses what is beyond its new end. `--shrink` does it all the same",
+            path.display(),
+            size::show(old)
+        );
+    }
+    disk.chain.resize(new).await.map_err(failed(path, "resize"))?;
+    disk.chain.close().await.map_err(failed(path, "make durable what was changed in"))?;
+    let (old, new) = (size::show(old), size::show(disk.chain.size()));
+    crate::print(format!("Resized {}: from {old} to {new}\n", path.display()).as_bytes())
+}
