@@ -5,7 +5,7 @@ use crate::sweep;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -148,11 +148,6 @@ impl Server {
     /// What it has said so far.
     pub(crate) fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    /// Forgets what it said.
-    pub(crate) fn forget(&self) -> Result<()> {
-        File::options().write(true).open(&self.log)?.set_len(0).context("empty the log")
     }
 
     /// Asks it to end; it must drain, flush, and say that all went well.

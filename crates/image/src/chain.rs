@@ -7,7 +7,7 @@ use block::{Buf, Errno, Error, Limits, Result, Run, Span};
 use runtime::{BoxFuture, Handle, join_all};
 use storage::{Io, Permits, Storage, Zeroing};
 
-use crate::{Extent, Image, Placement, Zeroed};
+use crate::{Extent, Image, Placement, Zeroed, worst};
 
 /// Runs told at a time; the caller asks again for the rest.
 const RUNS_MAX: usize = 256;
@@ -316,16 +316,6 @@ impl Found<'_> {
             Found::Packed { image, pin: _pin, .. } => image.unpack(disk_at, into).await,
         }
     }
-}
-
-/// One result of many: success only if all succeeded, else the first error by severity, never the last part's word.
-fn worst(results: Vec<Result<()>>) -> Result<()> {
-    let worst = results.into_iter().reduce(|worst, result| match (worst, result) {
-        (Ok(()), result) => result,
-        (Err(error), Ok(())) => Err(error),
-        (Err(error), Err(other)) => Err(error.worse(other)),
-    });
-    worst.unwrap_or(Ok(()))
 }
 
 impl Storage for Chain {

@@ -4,6 +4,7 @@ mod chain;
 mod error;
 mod format;
 pub mod metadata;
+pub mod qcow2;
 mod raw;
 mod report;
 pub mod tool;
@@ -11,7 +12,7 @@ pub mod tool;
 use std::any::Any;
 use std::rc::Rc;
 
-use block::{Buf, Errno, Error, Limits, Span};
+use block::{Buf, Errno, Error, Limits, Result, Span};
 use storage::{Io, Storage, Zeroing};
 
 pub use chain::Chain;
@@ -194,4 +195,14 @@ pub trait Image {
     fn poison(&self) -> Option<Error> {
         self.storage().poison()
     }
+}
+
+/// One result of many: success only if all succeeded, else the first error by severity, never the last part's word.
+pub(crate) fn worst(results: Vec<Result<()>>) -> Result<()> {
+    let worst = results.into_iter().reduce(|worst, result| match (worst, result) {
+        (Ok(()), result) => result,
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(other)) => Err(error.worse(other)),
+    });
+    worst.unwrap_or(Ok(()))
 }

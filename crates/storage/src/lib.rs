@@ -13,7 +13,7 @@ use runtime::BoxFuture;
 pub use file::File;
 pub use permits::{Permit, Permits};
 pub use ram::{Null, Ram};
-pub use range_lock::{Access, RangeLocks};
+pub use range_lock::{Access, RangeGuard, RangeLocks};
 
 /// An operation of a storage under way.
 pub type Io<'a, T = ()> = BoxFuture<'a, Result<T>>;

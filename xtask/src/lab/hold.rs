@@ -126,7 +126,6 @@ fn others_go_on(other: &mut Client) -> Result<()> {
 
 pub(crate) fn ends(work: &Work, arguments: &DiskFull) -> Result<()> {
     let Held { ground, server, writer } = Held::make(work, arguments)?;
-    server.forget()?;
     server.signal(Signal::TERM)?;
     let End { model, written, result } = end(writer)?;
     let words = server.said();
@@ -139,7 +138,9 @@ pub(crate) fn ends(work: &Work, arguments: &DiskFull) -> Result<()> {
     ensure!(held >= DEPTH as u64, "only {held} of {DEPTH} held writes were answered ENOSPC");
     let others = written.failed.keys().any(|errno| ![Errno::NOSPC, Errno::SHUTDOWN].contains(errno));
     ensure!(!others, "held writes were answered {:?}", written.failed);
-    ensure!(words.contains("requests that fail are held"), "nothing was said about held requests:\n{words}");
+    for said in ["requests that fail are held", "held requests are answered with their error"] {
+        ensure!(words.contains(said), "it did not say that {said}:\n{words}");
+    }
     println!("     the server ended with {status}");
     ground.remount()?;
     let found = check_file(&ground.path("disk.raw"), &model)?.require("in the image")?;

@@ -15,6 +15,8 @@ pub struct Change {
     pub old: u64,
     /// What it is.
     pub new: u64,
+    /// When a round writes it: see [`Stage`](super::Stage).
+    pub stage: u8,
 }
 
 /// Where changes are noted.
@@ -34,7 +36,7 @@ pub trait Ledger {
     /// They are not noted; the image has to be written instead.
     fn note(&self, group: &[Change]) -> io::Result<()>;
 
-    /// A round begins: it writes all that was noted so far.
+    /// A round begins: it writes all that was noted so far. One that fails has no end, and the next one begins.
     fn begin(&self);
 
     /// The round that began last has ended well: what was noted before it is forgotten.

@@ -41,9 +41,14 @@ impl Ground {
         Ok(ground)
     }
 
+    /// Where a file of this name is on it.
+    pub(crate) fn path(&self, name: &str) -> String {
+        format!("{}/{name}", self.folder)
+    }
+
     /// A sparse file on it.
     pub(crate) fn sparse(&self, boot: &mut Boot<'_>, name: &str, len: u64) -> Result<String> {
-        let path = format!("{}/{name}", self.folder);
+        let path = self.path(name);
         boot.sh(&format!("rm -f {path}; truncate -s {len} {path}"))?;
         Ok(path)
     }

@@ -1,0 +1,641 @@
+//! A ledger in files, in the directory where this process keeps what a successor must know.
+//!
+//! There is a file for each round that is not over, named after what the image is; the highest generation is the one that
+//! is written. Only whole writes count, and they end where the file ends: a process that dies leaves its last group short.
+//! Nothing is synced, for nothing here need outlive the boot.
+//!
+//! ```text
+//! file    magic (16) | generation (8) | boot, padded (40) | zero (4) | CRC-32 of these (4) | group ...
+//! group   sequence (8) | changes (4) | CRC-32 of them (4) | zero (4) | CRC-32 of these and the generation (4) | change ...
+//! change  at (8) | old (8) | new (8) | stage (1)
+//! ```
+//!
+//! All numbers are big-endian.
+
+use std::cell::RefCell;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use flate2::Crc;
+use rustix::fs::OFlags;
+use storage::file::Record;
+
+use super::{Change, Ledger};
+
+/// How many rounds may fail one after the other until what they were to forget is kept for longer than it need be.
+const FILES: usize = 4;
+/// Bytes that a file may have: some 670,000 changes. Nobody lets as many wait for a round.
+const FILE_MAX: u64 = 16 << 20;
+const MAGIC: &[u8; 16] = b"tapdisk ledger 1";
+/// Bytes before the first group.
+const HEADER: usize = 72;
+/// Bytes of a group before its changes.
+const HEAD: usize = 24;
+/// Bytes of a change.
+const CHANGE: usize = 25;
+
+/// A ledger in files.
+pub struct LedgerFile {
+    boot: String,
+    image: PathBuf,
+    state: RefCell<State>,
+}
+
+struct State {
+    files: Vec<Generation>,
+    /// Which of them is written.
+    current: usize,
+    /// Those of lower generations are forgotten when the round ends.
+    begun: u64,
+    /// For what is written next.
+    bytes: Vec<u8>,
+}
+
+/// What was noted from the begin of one round to that of another. Without a byte it is free.
+struct Generation {
+    path: PathBuf,
+    file: Option<File>,
+    /// From 1 on.
+    number: u64,
+    /// Bytes that are whole.
+    end: u64,
+    /// Groups in them.
+    groups: u64,
+    /// Whether a part of a group follows.
+    is_torn: bool,
+}
+
+/// What was found in a file.
+struct Found {
+    number: u64,
+    end: u64,
+    groups: u64,
+    is_torn: bool,
+    changes: Vec<Change>,
+}
+
+impl LedgerFile {
+    /// The ledger of the image with this record; that of an earlier boot is removed. Whoever calls has the image alone.
+    ///
+    /// # Errors
+    /// It cannot be read, or makes no sense: it may hold changes all the same, without which the image must not be used.
+    pub fn open(record: &Record) -> io::Result<LedgerFile> {
+        let mut files = Vec::new();
+        for path in paths(record) {
+            let file = match options().open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    files.push(Generation::free(path));
+                    continue;
+                }
+                Err(error) => return Err(named(&path, &error)),
+            };
+            let found =
+                load(&file, record.boot()).map_err(|error| explained(&path, record.image(), &error))?;
+            match found {
+                Some(Found { number, end, groups, is_torn, changes: _ }) => {
+                    files.push(Generation { path, file: Some(file), number, end, groups, is_torn });
+                }
+                None => {
+                    std::fs::remove_file(&path).map_err(|error| named(&path, &error))?;
+                    files.push(Generation::free(path));
+                }
+            }
+        }
+        let newest = files.iter().enumerate().rev().max_by_key(|(_, file)| file.number);
+        let current = newest.map_or(0, |(place, _)| place);
+        let mut state = State { files, current, begun: 0, bytes: Vec::new() };
+        let newest = state.current();
+        newest.number = newest.number.max(1);
+        Ok(LedgerFile {
+            boot: record.boot().into(),
+            image: record.image().into(),
+            state: RefCell::new(state),
+        })
+    }
+
+    /// Removes the ledger of the image with this record. Whatever it says is in the image, or is of no interest any more.
+    ///
+    /// # Errors
+    /// A part of it is left.
+    pub fn remove(record: &Record) -> io::Result<()> {
+        for path in paths(record) {
+            match std::fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(named(&path, &error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Ledger for LedgerFile {
+    fn changes(&self) -> io::Result<Vec<Change>> {
+        let state = self.state.borrow();
+        let mut generations = Vec::new();
+        for generation in state.files.iter().filter(|generation| generation.end > 0) {
+            let Some(file) = &generation.file else { continue };
+            let found =
+                load(file, &self.boot).map_err(|error| explained(&generation.path, &self.image, &error))?;
+            generations.extend(found.map(|found| (found.number, found.changes)));
+        }
+        generations.sort_unstable_by_key(|(number, _)| *number);
+        Ok(generations.into_iter().flat_map(|(_, changes)| changes).collect())
+    }
+
+    fn note(&self, group: &[Change]) -> io::Result<()> {
+        let State { files, current, bytes, .. } = &mut *self.state.borrow_mut();
+        bytes.clear();
+        files[*current].append(group, &self.boot, bytes)
+    }
+
+    fn begin(&self) {
+        let state = &mut *self.state.borrow_mut();
+        let number = state.current().number;
+        state.begun = number;
+        if state.current().end == 0 {
+            return;
+        }
+        // With none free, what is noted from now on is forgotten a round later than it might be.
+        if let Some(free) = state.files.iter().position(|file| file.end == 0) {
+            state.current = free;
+            state.begun = number + 1;
+            state.current().number = state.begun;
+        }
+    }
+
+    fn end(&self) {
+        let state = &mut *self.state.borrow_mut();
+        let begun = state.begun;
+        let mut old: Vec<&mut Generation> =
+            state.files.iter_mut().filter(|file| file.end > 0 && file.number < begun).collect();
+        // The oldest first: what is left of a history is its end, wherever the process dies or this fails.
+        old.sort_unstable_by_key(|file| file.number);
+        for file in old {
+            if let Err(error) = file.empty() {
+                let path = file.path.display();
+                tracing::warn!(%path, %error, "what is in the image cannot be taken out of its ledger; tried again");
+                return;
+            }
+        }
+    }
+}
+
+impl State {
+    fn current(&mut self) -> &mut Generation {
+        &mut self.files[self.current]
+    }
+}
+
+impl Generation {
+    fn free(path: PathBuf) -> Generation {
+        Generation { path, file: None, number: 0, end: 0, groups: 0, is_torn: false }
+    }
+
+    /// Writes a group behind the others; `bytes` is empty memory for it.
+    fn append(&mut self, group: &[Change], boot: &str, bytes: &mut Vec<u8>) -> io::Result<()> {
+        let header = if self.end == 0 { HEADER } else { 0 };
+        let end = self.end + (header + HEAD + group.len() * CHANGE) as u64;
+        if end > FILE_MAX {
+            let text = format!("{} would have {end} bytes: at most {FILE_MAX} are read", self.path.display());
+            return Err(io::Error::new(ErrorKind::FileTooLarge, text));
+        }
+        if header > 0 {
+            push_header(bytes, self.number, boot);
+        }
+        push_group(bytes, self.number, self.groups, group);
+        let file = match &self.file {
+            Some(file) => file,
+            None => {
+                let made = options().create(true).truncate(true).open(&self.path);
+                self.file.insert(made.map_err(|error| named(&self.path, &error))?)
+            }
+        };
+        // What has no name is found by nobody.
+        if file.metadata()?.nlink() == 0 {
+            let text = format!("{} was removed while it was in use", self.path.display());
+            return Err(io::Error::new(ErrorKind::NotFound, text));
+        }
+        if self.is_torn {
+            file.set_len(self.end)?;
+            self.is_torn = false;
+        }
+        if let Err(error) = file.write_all_at(bytes, self.end) {
+            // A part of it may be there, and another may not follow that.
+            self.is_torn = true;
+            return Err(named(&self.path, &error));
+        }
+        self.end = end;
+        self.groups += 1;
+        Ok(())
+    }
+
+    /// Forgets all of it.
+    fn empty(&mut self) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            file.set_len(0)?;
+        }
+        (self.end, self.groups, self.is_torn) = (0, 0, false);
+        Ok(())
+    }
+}
+
+fn paths(record: &Record) -> impl Iterator<Item = PathBuf> {
+    (0..FILES).map(|number| record.beside(&format!("ledger{number}")))
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    // Nobody else writes to that directory; if somebody has, we do not follow, and do not wait for the other end of a pipe.
+    let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    options.read(true).write(true).mode(0o600).custom_flags(flags.bits() as i32);
+    options
+}
+
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+fn explained(path: &Path, image: &Path, error: &io::Error) -> io::Error {
+    let (path, image) = (path.display(), image.display());
+    let text = format!(
+        "the ledger {path} of {image} cannot be used: {error}. It may hold changes that guests were told of and that the \
+         image lacks. If they can be done without, remove it and check the image"
+    );
+    io::Error::new(error.kind(), text)
+}
+
+fn garbage(at: usize, what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, format!("what is at byte {at} is {what}"))
+}
+
+/// What a file holds; `None` if that is of another boot.
+fn load(file: &File, boot: &str) -> io::Result<Option<Found>> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(ErrorKind::InvalidData, "it is no regular file"));
+    }
+    if metadata.len() > FILE_MAX {
+        let text = format!("it has {} bytes, and no ledger has more than {FILE_MAX}", metadata.len());
+        return Err(io::Error::new(ErrorKind::InvalidData, text));
+    }
+    let mut bytes = vec![0; metadata.len() as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    parse(&bytes, boot)
+}
+
+fn parse(bytes: &[u8], boot: &str) -> io::Result<Option<Found>> {
+    // Whoever wrote less has noted nothing.
+    let Some((header, groups)) = bytes.split_at_checked(HEADER) else {
+        let is_torn = !bytes.is_empty();
+        return Ok(Some(Found { number: 0, end: 0, groups: 0, is_torn, changes: Vec::new() }));
+    };
+    let number = long(header, 16);
+    let mut expected = Vec::with_capacity(HEADER);
+    if !header.starts_with(MAGIC) || short(header, HEADER - 4) != crc(&[&header[..HEADER - 4]]) {
+        return Err(garbage(0, "no header of a ledger"));
+    }
+    push_header(&mut expected, number, boot);
+    if header != expected {
+        return Ok(None);
+    }
+    let mut found = Found { number, end: HEADER as u64, groups: 0, is_torn: false, changes: Vec::new() };
+    let mut rest = groups;
+    while !rest.is_empty() {
+        let at = found.end as usize;
+        let Some((head, others)) = rest.split_at_checked(HEAD) else { break };
+        if short(head, 20) != crc(&[&number.to_be_bytes(), &head[..20]]) || long(head, 0) != found.groups {
+            return Err(garbage(at, "no head of the group that belongs there"));
+        }
+        let len = u64::from(short(head, 8)) * CHANGE as u64;
+        let Some((changes, others)) = usize::try_from(len).ok().and_then(|len| others.split_at_checked(len))
+        else {
+            break;
+        };
+        if short(head, 12) != crc(&[changes]) {
+            return Err(garbage(at, "a group with changes that are not those that were written"));
+        }
+        found.changes.extend(changes.chunks_exact(CHANGE).map(|change| Change {
+            at: long(change, 0),
+            old: long(change, 8),
+            new: long(change, 16),
+            stage: change[24],
+        }));
+        found.groups += 1;
+        found.end += (HEAD + changes.len()) as u64;
+        rest = others;
+    }
+    found.is_torn = !rest.is_empty();
+    Ok(Some(found))
+}
+
+fn push_header(bytes: &mut Vec<u8>, number: u64, boot: &str) {
+    let start = bytes.len();
+    bytes.extend(MAGIC);
+    bytes.extend(number.to_be_bytes());
+    bytes.extend(boot.bytes().chain(std::iter::repeat(0)).take(40));
+    bytes.extend([0; 4]);
+    let sum = crc(&[&bytes[start..]]);
+    bytes.extend(sum.to_be_bytes());
+}
+
+fn push_group(bytes: &mut Vec<u8>, number: u64, sequence: u64, group: &[Change]) {
+    let start = bytes.len();
+    bytes.extend(sequence.to_be_bytes());
+    bytes.extend((group.len() as u32).to_be_bytes());
+    bytes.extend([0; HEAD - 12]);
+    for Change { at, old, new, stage } in group {
+        bytes.extend([at, old, new].into_iter().flat_map(|word| word.to_be_bytes()));
+        bytes.push(*stage);
+    }
+    let sum = crc(&[&bytes[start + HEAD..]]);
+    bytes[start + 12..start + 16].copy_from_slice(&sum.to_be_bytes());
+    let sum = crc(&[&number.to_be_bytes(), &bytes[start..start + 20]]);
+    bytes[start + 20..start + HEAD].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// CRC-32 as in zlib.
+fn crc(parts: &[&[u8]]) -> u32 {
+    let mut crc = Crc::new();
+    parts.iter().for_each(|part| crc.update(part));
+    crc.sum()
+}
+
+/// The number at a place that is within the bytes.
+fn long(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+}
+
+/// The same, of half the length.
+fn short(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(bytes[at..at + 4].try_into().expect("4 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use storage::conformance::Random;
+    use storage::file::Records;
+
+    use super::*;
+
+    struct Place {
+        directory: tempfile::TempDir,
+        record: Record,
+    }
+
+    impl Place {
+        fn new() -> Place {
+            let directory = tempfile::tempdir().unwrap();
+            let records = Records::open(&directory.path().join("state")).unwrap();
+            let image = directory.path().join("disk.qcow2");
+            let record = records.of(&File::create_new(&image).unwrap(), &image).unwrap();
+            Place { directory, record }
+        }
+
+        fn open(&self) -> LedgerFile {
+            LedgerFile::open(&self.record).unwrap()
+        }
+
+        /// What a successor finds.
+        fn found(&self) -> Vec<Change> {
+            self.open().changes().unwrap()
+        }
+
+        fn files(&self) -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(self.directory.path().join("state")).unwrap();
+            let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+            paths.sort();
+            paths
+        }
+    }
+
+    fn change(number: u64) -> Change {
+        Change { at: number * 8, old: number, new: u64::MAX - number, stage: number as u8 % 3 }
+    }
+
+    fn group(numbers: std::ops::Range<u64>) -> Vec<Change> {
+        numbers.map(change).collect()
+    }
+
+    #[test]
+    fn a_successor_finds_what_was_noted_and_not_what_a_round_has_written() {
+        let place = Place::new();
+        assert_eq!(place.found(), []);
+        assert_eq!(place.files(), Vec::<PathBuf>::new(), "nothing is there before something is noted");
+        let ledger = place.open();
+        ledger.note(&group(0..3)).unwrap();
+        ledger.note(&group(3..4)).unwrap();
+        assert_eq!(place.found(), group(0..4));
+        ledger.begin();
+        ledger.note(&group(4..6)).unwrap();
+        assert_eq!(place.found(), group(0..6), "the round may fail yet");
+        ledger.end();
+        assert_eq!(place.found(), group(4..6));
+        ledger.begin();
+        ledger.end();
+        assert_eq!(place.found(), []);
+        ledger.note(&group(6..7)).unwrap();
+        assert_eq!(place.found(), group(6..7));
+        assert_eq!(ledger.changes().unwrap(), group(6..7));
+    }
+
+    #[test]
+    fn what_a_round_that_failed_did_not_write_stays_until_one_ends_well() {
+        let place = Place::new();
+        let ledger = place.open();
+        let rounds = FILES as u64 + 3;
+        for number in 0..rounds {
+            ledger.note(&group(number..number + 1)).unwrap();
+            ledger.begin();
+            assert_eq!(place.found(), group(0..number + 1));
+        }
+        ledger.note(&group(rounds..rounds + 1)).unwrap();
+        ledger.end();
+        // As many failures as that make it keep more than it must, but always the end of the history.
+        let found = place.found();
+        assert_eq!(found, group(rounds + 1 - found.len() as u64..rounds + 1));
+        assert!(found.len() < rounds as usize, "and some of it is forgotten: {found:?}");
+        for _ in 0..2 {
+            ledger.begin();
+            ledger.end();
+        }
+        assert_eq!(place.found(), []);
+    }
+
+    #[test]
+    fn any_sequence_of_notes_rounds_and_deaths_gives_what_a_list_gives() {
+        let mut random = Random(5);
+        for _ in 0..8 {
+            let place = Place::new();
+            let mut ledger = place.open();
+            // What was noted, how much of it when the last round began, how much is forgotten.
+            let (mut noted, mut begun, mut forgotten, mut running) = (0, 0, 0, false);
+            for _ in 0..150 {
+                match random.below(12) {
+                    0..=5 => {
+                        let count = 1 + random.below(5);
+                        ledger.note(&group(noted..noted + count)).unwrap();
+                        noted += count;
+                    }
+                    6 | 7 if !running => {
+                        ledger.begin();
+                        (begun, running) = (noted, true);
+                    }
+                    8..=10 if running => {
+                        ledger.end();
+                        (forgotten, running) = (begun, false);
+                    }
+                    11 => {
+                        drop(ledger);
+                        ledger = place.open();
+                        running = false;
+                    }
+                    _ => {}
+                }
+                let found = place.found();
+                let from = noted - found.len() as u64;
+                assert_eq!(found, group(from..noted));
+                assert!(from <= forgotten, "{from} of {noted}: {forgotten} may be forgotten");
+            }
+            ledger.begin();
+            ledger.end();
+            ledger.begin();
+            ledger.end();
+            assert_eq!(place.found(), []);
+        }
+    }
+
+    #[test]
+    fn a_process_that_dies_at_any_byte_of_a_note_leaves_the_groups_before_it() {
+        let place = Place::new();
+        let ledger = place.open();
+        let (mut ends, mut noted) = (vec![0], 0);
+        for count in [3, 1, 7] {
+            ledger.note(&group(noted..noted + count)).unwrap();
+            noted += count;
+            ends.push(std::fs::metadata(&place.files()[0]).unwrap().len());
+        }
+        let (path, whole) = (&place.files()[0], std::fs::read(&place.files()[0]).unwrap());
+        for len in 0..=whole.len() {
+            std::fs::write(path, &whole[..len]).unwrap();
+            let groups = ends.iter().filter(|end| **end <= len as u64).count() - 1;
+            let expected = group(0..[0, 3, 4, 11][groups]);
+            assert_eq!(place.found(), expected, "{len} bytes");
+            // And who comes then goes on behind them.
+            let successor = place.open();
+            successor.note(&group(20..22)).unwrap();
+            assert_eq!(place.found(), [expected.clone(), group(20..22)].concat(), "{len} bytes");
+            successor.begin();
+            successor.note(&group(22..23)).unwrap();
+            assert_eq!(place.found(), [expected, group(20..23)].concat(), "{len} bytes");
+            successor.end();
+            assert_eq!(place.found(), group(22..23), "{len} bytes");
+            LedgerFile::remove(&place.record).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_process_that_dies_while_a_round_ends_leaves_the_end_of_the_history() {
+        let place = Place::new();
+        let ledger = place.open();
+        ledger.note(&group(0..2)).unwrap();
+        ledger.begin();
+        ledger.note(&group(2..4)).unwrap();
+        ledger.begin();
+        ledger.note(&group(4..5)).unwrap();
+        drop(ledger);
+        // As `end` does it: one after the other, from the oldest on.
+        for (number, left) in [(0, 2..5), (1, 4..5)] {
+            File::options().write(true).open(&place.files()[number]).unwrap().set_len(0).unwrap();
+            assert_eq!(place.found(), group(left));
+        }
+    }
+
+    #[test]
+    fn a_byte_that_was_changed_is_an_error_that_says_what_to_do() {
+        let place = Place::new();
+        place.open().note(&group(0..2)).unwrap();
+        place.open().note(&group(2..3)).unwrap();
+        let (path, whole) = (&place.files()[0], std::fs::read(&place.files()[0]).unwrap());
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << (at % 8);
+            std::fs::write(path, bytes).unwrap();
+            let error = LedgerFile::open(&place.record).map(|_| ()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidData, "byte {at}");
+            for what in ["disk.qcow2", "ledger0-file-", "remove it and check the image"] {
+                assert!(error.to_string().contains(what), "byte {at}: no {what} in {error}");
+            }
+        }
+        // What follows a whole group is a group or the beginning of one.
+        std::fs::write(path, [&whole[..], &[0xff; 100]].concat()).unwrap();
+        assert!(LedgerFile::open(&place.record).is_err());
+        File::create(path).unwrap().set_len(FILE_MAX + 1).unwrap();
+        let error = LedgerFile::open(&place.record).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("16777217 bytes"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let place = Place::new();
+        std::os::unix::fs::symlink("/dev/null", place.record.beside("ledger0")).unwrap();
+        assert!(LedgerFile::open(&place.record).is_err(), "a link is not followed");
+        LedgerFile::remove(&place.record).unwrap();
+        std::fs::create_dir(place.record.beside("ledger1")).unwrap();
+        assert!(LedgerFile::open(&place.record).is_err());
+    }
+
+    #[test]
+    fn the_ledger_of_an_earlier_boot_is_removed() {
+        let place = Place::new();
+        place.open().note(&group(0..2)).unwrap();
+        let path = &place.files()[0];
+        let mut bytes = Vec::new();
+        push_header(&mut bytes, 1, "another-boot");
+        push_group(&mut bytes, 1, 0, &group(0..2));
+        std::fs::write(path, bytes).unwrap();
+        assert_eq!(place.found(), []);
+        assert_eq!(place.files(), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn a_ledger_is_for_its_owner_alone_and_goes_when_it_is_told_to() {
+        let place = Place::new();
+        let ledger = place.open();
+        ledger.note(&group(0..1)).unwrap();
+        ledger.begin();
+        ledger.note(&group(1..2)).unwrap();
+        let files = place.files();
+        assert_eq!(files.len(), 2);
+        for path in &files {
+            assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o7777, 0o600);
+        }
+        LedgerFile::remove(&place.record).unwrap();
+        assert_eq!(place.files(), Vec::<PathBuf>::new());
+        LedgerFile::remove(&place.record).unwrap();
+        let error = ledger.note(&group(2..3)).unwrap_err();
+        assert!(error.to_string().contains("was removed while it was in use"), "{error}");
+    }
+
+    #[test]
+    fn what_finds_no_room_is_not_noted_and_what_follows_is() {
+        let place = Place::new();
+        let ledger = place.open();
+        ledger.note(&group(0..1)).unwrap();
+        let error = ledger.note(&group(0..FILE_MAX / CHANGE as u64 + 1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FileTooLarge);
+        ledger.note(&group(1..2)).unwrap();
+        assert_eq!(place.found(), group(0..2));
+
+        // Where there is no directory any more either.
+        let place = Place::new();
+        let ledger = place.open();
+        std::fs::remove_dir_all(place.directory.path().join("state")).unwrap();
+        assert_eq!(ledger.note(&group(0..1)).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,20 @@
+//! qcow2, versions 2 and 3: QEMU's copy-on-write format of today (docs/interop/qcow2 in QEMU's sources, "the
+//! specification" in this folder).
+//!
+//! Guest clusters are found by two levels of tables (L1, L2), host clusters are counted by two others (the refcount table
+//! and its blocks). All numbers are big-endian, all tables begin at cluster boundaries.
+
+mod bytes;
+mod extension;
+mod header;
+
+pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
+pub use header::{Compression, Header, autoclear, compatible, incompatible};
+
+/// What a file of this format, and of version 1, begins with.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Whether a file that begins with these bytes is of this format: versions 2 and up, known or not.
+pub fn is(head: &[u8]) -> bool {
+    head.starts_with(&MAGIC) && bytes::be32(head, 4).is_some_and(|version| version >= 2)
+}

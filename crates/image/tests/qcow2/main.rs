@@ -1,0 +1,4 @@
+//! qcow2 against QEMU's own tools.
+
+mod header;
+mod tools;
