@@ -5,6 +5,7 @@ mod error;
 mod format;
 pub mod metadata;
 pub mod qcow2;
+pub mod qcow;
 mod raw;
 mod report;
 pub mod tool;
