@@ -4,11 +4,12 @@ mod chain;
 mod error;
 mod format;
 pub mod metadata;
-pub mod qcow2;
 pub mod qcow;
+pub mod qcow2;
 mod raw;
 mod report;
 pub mod tool;
+pub mod vhd;
 
 use std::any::Any;
 use std::rc::Rc;
