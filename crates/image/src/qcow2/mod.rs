@@ -9,10 +9,12 @@ mod counts;
 mod create;
 mod extension;
 mod header;
+mod pack;
 
 pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
+pub use pack::{Packed, Packer, pack};
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";

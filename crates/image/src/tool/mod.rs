@@ -4,6 +4,7 @@ mod commit;
 mod convert;
 mod layers;
 mod map;
+mod pack;
 mod pump;
 mod rebase;
 
@@ -12,6 +13,7 @@ use block::{Buf, Error, Span};
 pub use commit::commit;
 pub use convert::{Convert, convert};
 pub use map::{Mapped, map};
+pub use pack::pack;
 pub use rebase::rebase;
 
 /// Bytes that are moved in one piece.

@@ -6,13 +6,13 @@ use std::rc::Rc;
 
 use anyhow::{Context, bail};
 use image::tool::{self, ToolError, Watch};
-use image::{Chain, Format, Raw};
+use image::{Chain, Format, Image, Raw, Settings, qcow, vhd};
 use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File};
 
-use super::create::Plan;
 use super::disk::{self, Access, Disk};
+use super::plan::Plan;
 use super::progress::Progress;
 use super::target::{self, Target};
 use crate::cli::tool::{Cache, Convert};
@@ -49,17 +49,44 @@ async fn copy(
 ) -> anyhow::Result<()> {
     let from: Rc<dyn Storage> = source.chain.clone();
     let watch: Rc<dyn Watch> = Rc::new(Progress::new(from.size(), arguments.progress)?);
-    plan.make(&file, from.size()).await?;
-    let to = Rc::new(Chain::new(handle, Rc::new(Raw::new(file))));
+    let format = plan.format();
+    plan.make(&file, from.size(), None).await?;
+    if arguments.compress {
+        return Ok(tool::pack(handle, &from, &file, &watch).await?);
+    }
+    let (image, unit) = open_new(handle, file, format).await?;
+    let to = Rc::new(Chain::new(handle, image));
     if to.size() < from.size() {
         let (there, needed) = (to.size(), from.size());
         bail!("{} has {there} bytes, the disk {needed}", arguments.target.display());
     }
-    let how = tool::Convert { unit: 4096, blank: target.is_file() };
+    let how = tool::Convert { unit, blank: target.is_file() || format != Format::Raw };
     let storage: Rc<dyn Storage> = to.clone();
     tool::convert(handle, &from, &storage, how, &watch).await?;
     to.close().await.map_err(ToolError::Target)?;
     Ok(())
+}
+
+/// Opens an image that was just made; also how many bytes it allocates as one.
+async fn open_new(
+    handle: &Handle,
+    file: Rc<dyn Storage>,
+    format: Format,
+) -> anyhow::Result<(Rc<dyn Image>, u64)> {
+    let settings = Settings { writable: true, ..Settings::default() };
+    Ok(match format {
+        Format::Raw => (Rc::new(Raw::new(file)), 4096),
+        Format::Qcow => {
+            let header = qcow::Header::read(&file).await?;
+            let unit = header.cluster_size().into();
+            (Rc::new(qcow::Qcow::open(handle, header, file, settings).await?), unit)
+        }
+        Format::Qcow2 => bail!("qcow2"),
+        Format::Vhd => {
+            let header = vhd::Header::read(&file).await?;
+            (Rc::new(vhd::Vhd::open(handle, header, file, settings).await?), 4096)
+        }
+    })
 }
 
 /// Writing an image while it is read would lose what is behind the reader.

@@ -30,6 +30,8 @@ pub(super) struct Disk {
 pub(super) struct Layer {
     pub(super) path: PathBuf,
     pub(super) format: Format,
+    /// By which images above know it, if it is a VHD.
+    pub(super) unique_id: Option<[u8; 16]>,
 }
 
 impl Disk {
@@ -67,7 +69,7 @@ pub(super) async fn open(
         bail!("{} cannot be opened as {format}", path.display());
     }
     let chain = Rc::new(Chain::new(handle, Rc::new(Raw::new(file))));
-    Ok(Disk { chain, layers: vec![Layer { path: path.to_owned(), format }] })
+    Ok(Disk { chain, layers: vec![Layer { path: path.to_owned(), format, unique_id: None }] })
 }
 
 fn guess(path: &Path) -> anyhow::Result<Format> {

@@ -8,6 +8,7 @@ mod disk;
 mod info;
 mod map;
 mod options;
+mod plan;
 mod progress;
 mod rebase;
 mod resize;

@@ -18,7 +18,39 @@ fn known(format: Format) -> &'static [(&'static str, &'static str)] {
                 "off (the file is sparse), falloc (its space is reserved) or full (zeroes are written)",
             ),
         ],
-        Format::Qcow | Format::Qcow2 | Format::Vhd => &[],
+        Format::Qcow2 => &[
+            ("size", "bytes of the disk"),
+            ("compat", "1.1 (or v3), or 0.10 (v2) for readers that are older than 2012"),
+            ("cluster_size", "bytes of a cluster, a power of two from 512 to 2M [64K]"),
+            ("preallocation", "off, metadata (all clusters have their place), falloc or full"),
+            ("lazy_refcounts", "on: reference counts may be written late; off"),
+            ("refcount_bits", "bits of a reference count, a power of two up to 64 [16]"),
+            ("extended_l2", "on: clusters have 32 subclusters; off"),
+            ("compression_type", "how compressed clusters are compressed: zlib or zstd"),
+            ("backing_file", "as --backing"),
+            ("backing_fmt", "as --backing-format"),
+        ],
+        Format::Qcow => &[
+            ("size", "bytes of the disk"),
+            (
+                "cluster_size",
+                "bytes of a cluster, a power of two from 512 to 64K [4K, or 512 over another image]",
+            ),
+            ("backing_file", "as --backing"),
+            ("backing_fmt", "as --backing-format"),
+        ],
+        Format::Vhd => &[
+            ("size", "bytes of the disk"),
+            ("subformat", "dynamic, or fixed: the disk's bytes as they are, then a footer"),
+            ("block_size", "bytes of a block, a power of two [2M]"),
+            ("preallocation", "off, metadata (all blocks have their place), falloc or full"),
+            (
+                "force_size",
+                "on: exactly as large as asked for; off: what cylinders, heads and sectors cover [on]",
+            ),
+            ("backing_file", "as --backing"),
+            ("backing_fmt", "as --backing-format"),
+        ],
     }
 }
 
@@ -69,6 +101,13 @@ impl Wishes {
         self.take(key).map(|text| size::parse(&text).map_err(|why| anyhow!("-o {key}: {why}"))).transpose()
     }
 
+    /// One that is a number.
+    pub(super) fn number(&mut self, key: &str) -> anyhow::Result<Option<u32>> {
+        let parse =
+            |text: String| text.parse().map_err(|why| anyhow!("-o {key}: `{text}` is no number: {why}"));
+        self.take(key).map(parse).transpose()
+    }
+
     /// One that is one of several words.
     pub(super) fn choice<T: Copy>(&mut self, key: &str, words: &[(&str, T)]) -> anyhow::Result<Option<T>> {
         let Some(text) = self.take(key) else { return Ok(None) };
@@ -81,6 +120,9 @@ impl Wishes {
         }
     }
 }
+
+/// What `on` and `off` mean.
+pub(super) const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 #[cfg(test)]
 mod tests {
