@@ -16,8 +16,6 @@ mod image;
 mod info;
 mod resize;
 mod space;
-#[cfg(test)]
-mod tests;
 
 pub use check::check;
 pub use create::{Create, create};
