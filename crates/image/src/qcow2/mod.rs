@@ -7,13 +7,26 @@
 mod bytes;
 mod counts;
 mod create;
+mod entry;
 mod extension;
+mod free;
 mod header;
+mod health;
+mod image;
+mod map;
 mod pack;
+mod packed;
+mod place;
+mod refcount;
+mod reserved;
+mod table;
+mod width;
+mod zero;
 
 pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
+pub use image::Qcow2;
 pub use pack::{Packed, Packer, pack};
 
 /// What a file of this format, and of version 1, begins with.

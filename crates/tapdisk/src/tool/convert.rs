@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, bail};
 use image::tool::{self, ToolError, Watch};
-use image::{Chain, Format, Image, Raw, Settings, qcow, vhd};
+use image::{Chain, Format, Image, Raw, Settings, qcow, qcow2, vhd};
 use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File};
@@ -81,7 +81,11 @@ async fn open_new(
             let unit = header.cluster_size().into();
             (Rc::new(qcow::Qcow::open(handle, header, file, settings).await?), unit)
         }
-        Format::Qcow2 => bail!("qcow2"),
+        Format::Qcow2 => {
+            let header = qcow2::Header::read(&file).await?;
+            let unit = header.cluster_size();
+            (Rc::new(qcow2::Qcow2::open(handle, header, file, None, settings).await?), unit)
+        }
         Format::Vhd => {
             let header = vhd::Header::read(&file).await?;
             (Rc::new(vhd::Vhd::open(handle, header, file, settings).await?), 4096)
