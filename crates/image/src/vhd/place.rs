@@ -3,13 +3,13 @@
 use std::any::Any;
 
 use block::{Errno, Error, Result, Span};
-use storage::{RangeGuard, Zeroing};
+use storage::Zeroing;
 
 use super::SECTOR;
 use super::blocks::{ALIGN, Blocks, Place};
 use super::header::UNUSED;
 use crate::Placement;
-use crate::metadata::Loaded;
+use crate::metadata::{Loaded, UnitLock};
 
 /// What is to be said once the bytes of a placement are written.
 struct Pending {
@@ -18,7 +18,7 @@ struct Pending {
     is_new: bool,
     /// The first of the block's sectors to be shown, and the one after the last.
     sectors: (u64, u64),
-    _lock: RangeGuard,
+    _lock: UnitLock,
     _table: Loaded,
     _bitmap: Option<Loaded>,
 }
@@ -78,7 +78,7 @@ impl Blocks {
         }
     }
 
-    async fn lock(&self, block: u64, from: u64, to: u64) -> RangeGuard {
+    async fn lock(&self, block: u64, from: u64, to: u64) -> UnitLock {
         let first = block * (self.block() / SECTOR);
         self.units.lock(first + from..first + to).await
     }
@@ -88,7 +88,7 @@ impl Blocks {
         block: u64,
         skip: u64,
         len: u64,
-        lock: RangeGuard,
+        lock: UnitLock,
         table: Loaded,
     ) -> Result<Placement> {
         let place =
