@@ -12,7 +12,7 @@ use storage::{Io, Storage, Zeroing};
 use super::entry::{Entry, Geometry, Nonsense};
 use super::space::Space;
 use super::{Header, POINTERS, STAGES};
-use crate::metadata::{self, Loaded, Lock, Metadata, Units};
+use crate::metadata::{self, Loaded, Metadata, UnitLock, Units};
 use crate::{Extent, Image, ImageError, Placement, Settings, Zeroed};
 
 /// A placement of new clusters has no more bytes than this, or one cluster.
@@ -56,7 +56,7 @@ struct Pending {
     entry_at: u64,
     /// The entries stay in memory, and nobody else gives these clusters a place.
     _loaded: Loaded,
-    _guard: Lock,
+    _guard: UnitLock,
 }
 
 impl Qcow {
