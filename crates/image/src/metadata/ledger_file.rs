@@ -99,7 +99,7 @@ impl LedgerFile {
                     files.push(Generation { path, file: Some(file), number, end, groups, is_torn });
                 }
                 None => {
-                    std::fs::remove_file(&path).map_err(|error| named(&path, &error))?;
+                    remove(&path)?;
                     files.push(Generation::free(path));
                 }
             }
@@ -116,19 +116,17 @@ impl LedgerFile {
         })
     }
 
+    /// The first of its files, for messages.
+    pub fn path(record: &Record) -> PathBuf {
+        record.beside(&kind(0))
+    }
+
     /// Removes the ledger of the image with this record. Whatever it says is in the image, or is of no interest any more.
     ///
     /// # Errors
     /// A part of it is left.
     pub fn remove(record: &Record) -> io::Result<()> {
-        for path in paths(record) {
-            match std::fs::remove_file(&path) {
-                Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(named(&path, &error)),
-            }
-        }
-        Ok(())
+        paths(record).try_for_each(|path| remove(&path))
     }
 }
 
@@ -244,7 +242,19 @@ impl Generation {
 }
 
 fn paths(record: &Record) -> impl Iterator<Item = PathBuf> {
-    (0..FILES).map(|number| record.beside(&format!("ledger{number}")))
+    (0..FILES).map(|number| record.beside(&kind(number)))
+}
+
+fn kind(number: usize) -> String {
+    format!("ledger{number}")
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(named(path, &error)),
+    }
 }
 
 fn options() -> OpenOptions {
