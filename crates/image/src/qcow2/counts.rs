@@ -1,7 +1,6 @@
 //! Reference counts as they stand in a refcount block: numbers of 1 to 64 bits, side by side.
 
 /// The count number `index` of a block whose counts have 2^`order` bits. Beyond its end there are none: 0.
-#[cfg(test)]
 pub(super) fn get(block: &[u8], order: u32, index: usize) -> u64 {
     if order < 3 {
         // The first of a byte is in its lowest bits.

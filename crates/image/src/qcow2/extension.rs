@@ -202,6 +202,13 @@ impl Extensions {
         Some(&found.name)
     }
 
+    /// Forgets bitmaps that are not consistent any more; whether there were some.
+    pub(super) fn forget_bitmaps(&mut self) -> bool {
+        let before = self.unknown.len();
+        self.unknown.retain(|(kind, _)| *kind != BITMAPS);
+        self.unknown.len() < before
+    }
+
     /// Their bytes, with the end mark. Those that somebody must know to read the image come first.
     pub(super) fn bytes(&self) -> Vec<u8> {
         let mut all = Vec::new();

@@ -13,7 +13,7 @@ use super::map::{Entries, Look};
 use super::packed::{Unpacked, unpack};
 use super::refcount::{Allocator, span};
 use super::table::Tables;
-use super::{Compression, Header};
+use super::{Compression, Header, prepare};
 use crate::metadata::{Metadata, Reclaim, Settings, Units};
 use crate::{Extent, Image, ImageError, Placement, Zeroed};
 
@@ -56,7 +56,7 @@ impl Qcow2 {
     /// It is not fit to be written, or cannot be read.
     pub async fn open(
         handle: &Handle,
-        header: Header,
+        mut header: Header,
         file: Rc<dyn Storage>,
         data: Option<Rc<dyn Storage>>,
         settings: crate::Settings,
@@ -65,6 +65,9 @@ impl Qcow2 {
             return Err(ImageError::Refused(
                 "a qcow2 image has an external data file if its header says so, and only then".to_owned(),
             ));
+        }
+        if settings.writable {
+            prepare(&file, &mut header).await?;
         }
         let shape = Shape {
             cluster_bits: header.cluster_bits,

@@ -4,7 +4,9 @@
 //! Guest clusters are found by two levels of tables (L1, L2), host clusters are counted by two others (the refcount table
 //! and its blocks). All numbers are big-endian, all tables begin at cluster boundaries.
 
+mod bitmap;
 mod bytes;
+mod check;
 mod counts;
 mod create;
 mod entry;
@@ -17,17 +19,23 @@ mod map;
 mod pack;
 mod packed;
 mod place;
+mod prepare;
 mod refcount;
 mod reserved;
+mod snapshot;
 mod table;
 mod width;
 mod zero;
 
+pub use bitmap::{Bitmap, bitmaps};
+pub use check::check;
 pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
 pub use image::Qcow2;
 pub use pack::{Packed, Packer, pack};
+pub use prepare::prepare;
+pub use snapshot::{Snapshot, snapshots};
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";

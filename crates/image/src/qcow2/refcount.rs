@@ -158,7 +158,7 @@ impl Allocator {
         if block == 0 {
             return Ok(None);
         }
-        if block % self.cluster() != 0 || block >= self.metadata.file().size() {
+        if !block.is_multiple_of(self.cluster()) || block >= self.metadata.file().size() {
             let what = format!("entry {index} of its refcount table points to byte {block}");
             return Err(self.health.corrupt(what).await);
         }

@@ -45,9 +45,9 @@ impl Qcow2 {
         }
         let part = self.shape.part();
         let first_end = (wanted.at() / part + 1) * part;
-        let is_whole =
-            |start: u64, end: u64| start % part == 0 && (end % part == 0 || end == self.size.get());
-        if wanted.end() < first_end && !is_whole(wanted.at(), wanted.end()) || wanted.at() % part != 0 {
+        // Behind the disk's end there is nothing that would have to stay.
+        let ends_within = wanted.end() < first_end && wanted.end() != self.size.get();
+        if !wanted.at().is_multiple_of(part) || ends_within {
             // A part of what the map can tell apart.
             let len = wanted.len().min(first_end - wanted.at());
             let piece = span(wanted.at(), len)?;

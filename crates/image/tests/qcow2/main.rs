@@ -1,5 +1,7 @@
 //! qcow2 against QEMU's own tools.
 
+mod check;
 mod create;
+mod disk;
 mod header;
 mod tools;

@@ -88,3 +88,20 @@ pub(crate) fn check(path: &Path) -> BTreeMap<String, u64> {
     found.insert("code".to_owned(), code as u64);
     found
 }
+
+/// Runs commands of `qemu-io` on an image; all have to succeed.
+pub(crate) fn qemu_io(path: &Path, commands: &[&str]) {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "qcow2"]);
+    for text in commands {
+        command.args(["-c", text]);
+    }
+    let output = command.arg(path).output().expect("qemu-io is installed (qemu-utils)");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
+}
+
+/// A file in memory with the bytes of one of the host's.
+pub(crate) fn load(path: &Path) -> Rc<dyn Storage> {
+    ram(&std::fs::read(path).unwrap())
+}

@@ -1,0 +1,210 @@
+//! The check of an image: whether the counts of its clusters are those of its tables, and repair.
+//!
+//! It takes 128 MiB for counts at most, 32 MiB for those of tables, and what a few tables have; larger images are walked through
+//! several times. A repair goes in steps with syncs between, in an order by which an interruption at any point leaves an image
+//! that is no worse than it was, and that another repair finishes:
+//!
+//! 1. entries that make no sense are taken out (what they pointed to leaks),
+//! 2. counts that are too low are raised, or all counts are written anew and the header switches to them in one sector,
+//! 3. counts that are too high are lowered,
+//! 4. marks for writing in place are set and cleared by the counts,
+//! 5. the bits of the header that say that something is wrong are cleared, after another check.
+
+mod copied;
+mod counter;
+mod entry;
+mod rebuild;
+mod stored;
+mod walk;
+
+use std::rc::Rc;
+
+use block::Result;
+use storage::Storage;
+
+use super::header::{Header, autoclear, incompatible};
+use crate::{ImageError, Repair, Report};
+use counter::Counter;
+use stored::{Change, Differences, Stored};
+use walk::{Entries, Faults, MEMORY, Plan, Walk};
+
+/// What an inspection found, besides its report.
+#[derive(Debug)]
+struct Found {
+    report: Report,
+    faults: Faults,
+    counts: Differences,
+}
+
+impl Found {
+    /// Whether counts may be lowered and the structure of counts be made anew: all that refers is known.
+    fn all_known(&self) -> bool {
+        !self.faults.lost && self.report.check_errors == 0
+    }
+}
+
+/// Checks an image that nobody has open, and repairs what it is told to.
+///
+/// # Errors
+/// The image cannot be understood at all, or the storage failed while it was repaired.
+pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
+    let mut header = Header::read_for_check(file).await?;
+    let first = inspect(file, &header).await?;
+    if repair == Repair::No {
+        return Ok(first.report);
+    }
+    let before = first.report.clone();
+    let mut left = first;
+    if !before.is_clean() {
+        mend(file, &mut header, left, repair).await?;
+        left = inspect(file, &header).await?;
+    }
+    if left.report.is_safe() && header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT) != 0 {
+        header.incompatible &= !(incompatible::DIRTY | incompatible::CORRUPT);
+        header.write_fields(file).await?;
+        file.flush().await?;
+    }
+    let mut report = left.report;
+    report.corruptions_fixed = before.corruptions.saturating_sub(report.corruptions);
+    report.leaks_fixed = before.leaks.saturating_sub(report.leaks);
+    // What was found tells more than what is left.
+    report.notes = before.notes;
+    Ok(report)
+}
+
+fn clusters(header: &Header) -> Counter {
+    Counter::new(header.refcounts_per_block(), MEMORY)
+}
+
+/// Looks and changes nothing.
+async fn inspect(file: &Rc<dyn Storage>, header: &Header) -> Result<Found> {
+    let plan = Plan::default();
+    let mut report =
+        Report { total_clusters: header.size.div_ceil(header.cluster_size()), ..Report::default() };
+    let mut stored = Stored::read(file, header).await?;
+    let mut counter = clusters(header);
+    let mut counts = Differences::default();
+    let mut faults = Faults::default();
+    let mut entries = Entries::Note;
+    loop {
+        let mut walk = Walk::new(file, header, &mut report, &plan);
+        walk.references(&mut counter, entries, Some(&stored.table)).await?;
+        join(&mut faults, walk.faults);
+        entries = Entries::Known;
+        let differs = |cluster: u64, count: u64, references: u64| {
+            report.note(|| match count > references {
+                true => {
+                    format!("cluster {cluster} leaks: its count is {count}, its references are {references}")
+                }
+                false => format!(
+                    "cluster {cluster} is not safe: its count is {count}, its references are {references}"
+                ),
+            });
+        };
+        let found = stored.compare(&counter, Change::No, differs).await?;
+        report.check_errors += found.unread;
+        report.leaks += found.leaks;
+        report.corruptions += found.corruptions;
+        add(&mut counts, found);
+        if !counter.advance() {
+            break;
+        }
+    }
+    let mut walk = Walk::new(file, header, &mut report, &plan);
+    let marks = walk.marks(&mut stored, false).await?;
+    report.corruptions += marks;
+    report.image_end_offset = counts.end;
+    Ok(Found { report, faults, counts })
+}
+
+fn join(all: &mut Faults, more: Faults) {
+    all.entries += more.entries;
+    all.lost |= more.lost;
+    all.hopeless |= more.hopeless;
+    all.rebuild |= more.rebuild;
+    all.bitmaps |= more.bitmaps;
+}
+
+fn add(all: &mut Differences, more: Differences) {
+    all.leaks += more.leaks;
+    all.corruptions += more.corruptions;
+    all.rebuild |= more.rebuild;
+    all.overflow |= more.overflow;
+    all.end = all.end.max(more.end);
+    all.unread += more.unread;
+}
+
+/// Repairs what was found.
+async fn mend(
+    file: &Rc<dyn Storage>,
+    header: &mut Header,
+    found: Found,
+    repair: Repair,
+) -> Result<(), ImageError> {
+    if header.extensions.forget_bitmaps() {
+        // They are not consistent, so that their clusters count as leaks: nothing should point there when these are free.
+        header.write(file).await?;
+        file.flush().await?;
+    }
+    let mut known = found.all_known();
+    if repair == Repair::All && !found.faults.hopeless {
+        if found.faults.bitmaps {
+            header.autoclear &= !autoclear::BITMAPS;
+            header.extensions.bitmaps = None;
+            header.write(file).await?;
+            file.flush().await?;
+        }
+        if found.faults.entries > 0 {
+            let mut scratch = Report::default();
+            let plan = Plan::default();
+            let mut walk = Walk::new(file, header, &mut scratch, &plan);
+            walk.references(&mut clusters(header), Entries::Fix, None).await?;
+            file.flush().await?;
+        }
+        known = found.report.check_errors == 0;
+    }
+    if repair == Repair::All && known && (found.faults.rebuild || found.counts.rebuild) {
+        rebuild::rebuild(file, header, &Plan::default()).await?;
+    } else if repair == Repair::All && found.report.corruptions > 0 {
+        sweep(file, header, &Plan::default(), Change::Raise).await?;
+    }
+    // Where something that refers is not known, what it refers to only seems to leak.
+    if known {
+        settle(file, header).await?;
+    }
+    Ok(())
+}
+
+/// Gives back what nothing refers to, then sets the marks for writing in place by the counts.
+///
+/// # Errors
+/// The storage's.
+pub(super) async fn settle(file: &Rc<dyn Storage>, header: &Header) -> Result<()> {
+    let plan = Plan::default();
+    sweep(file, header, &plan, Change::Lower).await?;
+    let mut scratch = Report::default();
+    let mut stored = Stored::read(file, header).await?;
+    let wrong = Walk::new(file, header, &mut scratch, &plan).marks(&mut stored, true).await?;
+    if wrong > 0 {
+        file.flush().await?;
+    }
+    Ok(())
+}
+
+/// Changes counts to what refers and what is planned to.
+async fn sweep(file: &Rc<dyn Storage>, header: &Header, plan: &Plan, change: Change) -> Result<Differences> {
+    let mut scratch = Report::default();
+    let mut stored = Stored::read(file, header).await?;
+    let mut counter = clusters(header);
+    let mut all = Differences::default();
+    loop {
+        let mut walk = Walk::new(file, header, &mut scratch, plan);
+        walk.references(&mut counter, Entries::Known, Some(&stored.table)).await?;
+        add(&mut all, stored.compare(&counter, change, |_, _, _| {}).await?);
+        if !counter.advance() {
+            break;
+        }
+    }
+    file.flush().await?;
+    Ok(all)
+}
