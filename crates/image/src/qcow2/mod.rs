@@ -19,6 +19,7 @@ mod map;
 mod pack;
 mod packed;
 mod place;
+mod info;
 mod prepare;
 mod refcount;
 mod reserved;
@@ -34,6 +35,7 @@ pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
 pub use image::Qcow2;
 pub use pack::{Packed, Packer, pack};
+pub use info::info;
 pub use prepare::prepare;
 pub use snapshot::{Snapshot, snapshots};
 

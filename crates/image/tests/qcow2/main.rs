@@ -4,4 +4,5 @@ mod check;
 mod create;
 mod disk;
 mod header;
+mod info;
 mod tools;
