@@ -161,7 +161,7 @@ impl Packing<'_> {
                 if zeroes == rest.len() { rest } else { rest.split_at((rest.at() + zeroes) / unit * unit).0 };
             pump.skip(skipped.len())?;
             rest = rest.split_at(skipped.end()).1;
-            if rest.is_empty() || (skipped.len() > 0 && zeroes > 0) {
+            if rest.is_empty() || !skipped.is_empty() {
                 continue;
             }
             let (piece, others) = next_piece(rest, unit);

@@ -51,6 +51,9 @@ pub(crate) struct Create {
     #[arg(long)]
     pub(crate) force: bool,
 
+    #[command(flatten)]
+    pub(crate) places: Places,
+
     /// The image to make, or a block device to make it on
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
@@ -128,6 +131,9 @@ pub(crate) struct Convert {
     #[arg(short = 't', long, value_enum, value_name = "CACHE", default_value_t = Cache::Buffered)]
     pub(crate) target_cache: Cache,
 
+    #[command(flatten)]
+    pub(crate) places: Places,
+
     /// The image to copy
     #[arg(value_name = "SRC", value_hint = ValueHint::FilePath)]
     pub(crate) source: PathBuf,
@@ -147,6 +153,9 @@ pub(crate) struct Resize {
     /// Let the disk become smaller: what is beyond its new end is lost
     #[arg(long)]
     pub(crate) shrink: bool,
+
+    #[command(flatten)]
+    pub(crate) places: Places,
 
     /// The image
     #[arg(value_hint = ValueHint::FilePath)]
@@ -189,6 +198,9 @@ pub(crate) struct Commit {
     #[arg(short, long)]
     pub(crate) progress: bool,
 
+    #[command(flatten)]
+    pub(crate) places: Places,
+
     /// The image
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
@@ -220,6 +232,9 @@ pub(crate) struct Rebase {
     #[arg(short, long)]
     pub(crate) progress: bool,
 
+    #[command(flatten)]
+    pub(crate) places: Places,
+
     /// The image
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
@@ -237,6 +252,9 @@ pub(crate) struct Snapshot {
 
     #[command(flatten)]
     pub(crate) output: Output,
+
+    #[command(flatten)]
+    pub(crate) places: Places,
 
     /// The image
     #[arg(value_hint = ValueHint::FilePath)]
@@ -263,12 +281,28 @@ pub(crate) struct SnapshotAction {
     pub(crate) delete: Option<String>,
 }
 
+/// What an image may lead to.
+#[derive(Args, Debug)]
+pub(crate) struct Places {
+    /// A folder, or a file, that images may name as their backing or data file, besides what is in the folder of the image
+    /// and below. May be given several times
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub(crate) allow_folder: Vec<PathBuf>,
+
+    /// Where `tapdisk serve` keeps what an image lacks whose server has died, if it was told to keep that elsewhere
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath, hide_short_help = true)]
+    pub(crate) state_dir: Option<PathBuf>,
+}
+
 /// An image that is only looked at.
 #[derive(Args, Debug)]
 pub(crate) struct Source {
     /// Format of the image [default: as its name or its header says]
     #[arg(short, long, value_parser = formats())]
     pub(crate) format: Option<Format>,
+
+    #[command(flatten)]
+    pub(crate) places: Places,
 
     /// The image
     #[arg(value_hint = ValueHint::FilePath)]

@@ -1,18 +1,45 @@
 //! `tapdisk commit`: copies what an image holds into the one below it.
 
-use anyhow::bail;
-use runtime::Handle;
-use storage::file::Cache;
+use std::rc::Rc;
 
-use super::disk::{self, Access};
+use anyhow::{Context, bail};
+use image::Chain;
+use image::tool::{self, Watch};
+use runtime::Handle;
+use storage::Storage;
+
+use super::disk::{Access, Asked};
+use super::progress::Progress;
 use crate::cli::tool::Commit;
 
 pub(super) async fn run(handle: &Handle, arguments: &Commit) -> anyhow::Result<()> {
-    let path = &arguments.file;
-    let disk = disk::open(handle, path, arguments.format, Access::Read, Cache::Buffered).await?;
-    bail!(
-        "{} is a {} image with none below it: there is nowhere to copy it to",
-        path.display(),
-        disk.top().format
-    );
+    let (path, places) = (&arguments.file, &arguments.places);
+    // Which files: all are let go of again.
+    let (below, below_format, format) = {
+        let layers = Asked::new(path, arguments.format, Access::Read, places).walk(handle).await?;
+        let format = layers.first().map(|layer| layer.header.format());
+        let Some(below) = layers.get(1) else {
+            bail!("{} has no image below it: there is nowhere to copy it to", path.display());
+        };
+        (below.file.path.clone(), below.header.format(), format)
+    };
+    // It has to be free by now.
+    handle.turn().await;
+    let top = Asked::new(path, format, Access::ReadAlone, places).open(handle).await?;
+    let base = Asked::new(&below, Some(below_format), Access::Write, places).open(handle).await?;
+    let mut images = vec![base.chain.top().clone()];
+    images.extend_from_slice(base.chain.below());
+    let chain = Rc::new(Chain::over(handle, top.chain.top().clone(), images));
+    let into: Rc<dyn Storage> = base.chain.clone();
+    let watch: Rc<dyn Watch> = Rc::new(Progress::new(chain.size(), arguments.progress)?);
+    let done = tool::commit(handle, &chain, 1, &into, &watch).await;
+    drop(watch);
+    // Also where it was stopped: what was copied so far is right, and the image below is left in order.
+    let closed = base.close().await;
+    done.with_context(|| {
+        format!("{} was not copied into {}, but for a part", path.display(), below.display())
+    })?;
+    closed?;
+    let text = format!("Copied what {} holds into {}\n", path.display(), below.display());
+    crate::print(text.as_bytes())
 }

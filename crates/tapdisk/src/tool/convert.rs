@@ -11,7 +11,7 @@ use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File};
 
-use super::disk::{self, Access, Disk};
+use super::disk::{Access, Asked, Disk};
 use super::plan::Plan;
 use super::progress::Progress;
 use super::target::{self, Target};
@@ -24,7 +24,8 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
         bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
     }
     let source_cache = cache(arguments.source_cache);
-    let source = disk::open(handle, &arguments.source, arguments.format, Access::Read, source_cache).await?;
+    let asked = Asked::new(&arguments.source, arguments.format, Access::Read, &arguments.places);
+    let source = Asked { cache: source_cache, ..asked }.open(handle).await?;
     refuse_own_source(&source, &arguments.target)?;
     let (target, opened) = target::make(&arguments.target, arguments.force, cache(arguments.target_cache))?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
@@ -97,8 +98,8 @@ async fn open_new(
 fn refuse_own_source(source: &Disk, target: &Path) -> anyhow::Result<()> {
     let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
     for layer in &source.layers {
-        let image = std::fs::metadata(&layer.path)
-            .with_context(|| format!("cannot look at {}", layer.path.display()))?;
+        let image = std::fs::metadata(&layer.file.path)
+            .with_context(|| format!("cannot look at {}", layer.file.path.display()))?;
         if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
             bail!("{} is what is to be copied: give the copy another name", target.display());
         }

@@ -1,15 +1,14 @@
 //! `tapdisk create`: makes an image.
 
-use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context, bail};
-use image::Format;
+use image::{Format, Header};
 use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File};
 
-use super::disk::{self, Access};
+use super::disk::{Access, Asked, from_image};
 use super::plan::{Below, Plan};
 use super::target;
 use crate::cli::tool::Create;
@@ -51,18 +50,18 @@ async fn look_below(
     if arguments.unchecked {
         return Ok(Below { name, format, size: None, unique_id: None, changed: None });
     }
-    let folder = arguments.file.parent().unwrap_or(Path::new(""));
-    let path = folder.join(&name);
-    let disk = disk::open(handle, &path, format, Access::Read, file::Cache::Buffered)
+    let path = from_image(&arguments.file, &name);
+    let layers = Asked::new(&path, format, Access::Read, &arguments.places)
+        .walk(handle)
         .await
         .with_context(|| format!("{name} cannot be below {}", arguments.file.display()))?;
     let changed = std::fs::metadata(&path).and_then(|found| found.modified());
     let changed = changed.with_context(|| format!("cannot look at {}", path.display()))?;
-    Ok(Below {
-        name,
-        format: Some(disk.top().format),
-        size: Some(disk.chain.size()),
-        unique_id: disk.top().unique_id,
-        changed: Some(changed),
-    })
+    let header = &layers.first().context("a disk has an image")?.header;
+    let unique_id = match header {
+        Header::Vhd(header) => Some(header.unique_id()),
+        Header::Raw { .. } | Header::Qcow(_) | Header::Qcow2(_) => None,
+    };
+    let (format, size) = (Some(header.format()), Some(header.size()));
+    Ok(Below { name, format, size, unique_id, changed: Some(changed) })
 }

@@ -1,22 +1,39 @@
 //! A disk that a tool works on: the image, open, and those below it.
 
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::Context;
 use block::Error;
-use image::{Chain, Format, Raw};
+use image::metadata::LedgerFile;
+use image::{Chain, Format, Header, Layer, vhd, walk};
 use runtime::Handle;
-use storage::Storage;
-use storage::file::{self, Cache, File, Options};
+use storage::file::{self, Cache};
 
-/// What is going to be done with it.
+use crate::cli::tool::Places;
+use crate::state;
+
+/// What is going to be done with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
+    /// It is read, and so are those below it.
     Read,
+    /// It is read, and those below it are left alone: what only they say reads as zero.
+    ReadAlone,
+    /// It is written, over those below it.
     Write,
+}
+
+/// Which image, and how.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub(super) path: &'a Path,
+    /// What its name and header say, if not given.
+    pub(super) format: Option<Format>,
+    pub(super) access: Access,
+    pub(super) cache: Cache,
+    pub(super) places: &'a Places,
 }
 
 /// A disk, open.
@@ -26,12 +43,50 @@ pub(super) struct Disk {
     pub(super) layers: Vec<Layer>,
 }
 
-/// An image of it.
-pub(super) struct Layer {
-    pub(super) path: PathBuf,
-    pub(super) format: Format,
-    /// By which images above know it, if it is a VHD.
-    pub(super) unique_id: Option<[u8; 16]>,
+impl<'a> Asked<'a> {
+    /// An image, through the page cache: it is often looked at soon after it was made.
+    pub(super) fn new(
+        path: &'a Path,
+        format: Option<Format>,
+        access: Access,
+        places: &'a Places,
+    ) -> Asked<'a> {
+        Asked { path, format, access, cache: Cache::Buffered, places }
+    }
+
+    /// How its file is opened: at once or not at all.
+    pub(super) fn file(&self) -> anyhow::Result<file::Options> {
+        let read_only = self.access != Access::Write;
+        let records = state::records(self.places.state_dir.as_ref(), true)?;
+        Ok(file::Options { read_only, cache: self.cache, create: None, wait: Duration::ZERO, records })
+    }
+
+    fn options(&self) -> anyhow::Result<image::Options> {
+        Ok(image::Options {
+            format: self.format,
+            file: self.file()?,
+            no_backing: self.access == Access::ReadAlone,
+            allowed: self.places.allow_folder.clone(),
+            ..image::Options::default()
+        })
+    }
+
+    /// Opens the files and reads the headers, and no more.
+    ///
+    /// # Errors
+    /// In words for people.
+    pub(super) async fn walk(&self, handle: &Handle) -> anyhow::Result<Vec<Layer>> {
+        Ok(walk(handle, self.path, &mut self.options()?).await?)
+    }
+
+    /// Opens the images. One that somebody uses is refused.
+    ///
+    /// # Errors
+    /// In words for people.
+    pub(super) async fn open(&self, handle: &Handle) -> anyhow::Result<Disk> {
+        let image::Disk { chain, layers } = image::open(handle, self.path, self.options()?).await?;
+        Ok(Disk { chain: Rc::new(chain), layers })
+    }
 }
 
 impl Disk {
@@ -42,47 +97,40 @@ impl Disk {
 
     /// The images that are plain bytes in a file.
     pub(super) fn flat(&self) -> Vec<usize> {
-        let raw = |(depth, layer): (usize, &Layer)| (layer.format == Format::Raw).then_some(depth);
-        self.layers.iter().enumerate().filter_map(raw).collect()
+        let flat = |(depth, layer): (usize, &Layer)| is_flat(&layer.header).then_some(depth);
+        self.layers.iter().enumerate().filter_map(flat).collect()
+    }
+
+    /// Makes all that was written durable, and leaves the image as one who comes later expects it.
+    ///
+    /// # Errors
+    /// It may not be durable.
+    pub(super) async fn close(&self) -> anyhow::Result<()> {
+        let path = &self.top().file.path;
+        self.chain.close().await.map_err(failed(path, "make durable what was changed in"))?;
+        if let Some(record) = self.top().file.record.as_ref().filter(|_| !self.top().file.read_only) {
+            LedgerFile::remove(record)
+                .with_context(|| format!("cannot remove the ledger of {}", path.display()))?;
+        }
+        Ok(())
     }
 }
 
-/// Opens an image, and those below it for reading. An image that somebody uses is refused.
-///
-/// # Errors
-/// In words for people.
-pub(super) async fn open(
-    handle: &Handle,
-    path: &Path,
-    format: Option<Format>,
-    access: Access,
-    cache: Cache,
-) -> anyhow::Result<Disk> {
-    let format = match format {
-        Some(format) => format,
-        None => guess(path)?,
-    };
-    let options =
-        Options { read_only: access == Access::Read, cache, wait: Duration::ZERO, ..Options::default() };
-    let file: Rc<dyn Storage> = Rc::new(File::new(handle, file::open(path, &options)?));
-    if format != Format::Raw {
-        bail!("{} cannot be opened as {format}", path.display());
+fn is_flat(header: &Header) -> bool {
+    match header {
+        Header::Raw { .. } => true,
+        Header::Vhd(header) => header.subformat() == vhd::Subformat::Fixed,
+        Header::Qcow(_) | Header::Qcow2(_) => false,
     }
-    let chain = Rc::new(Chain::new(handle, Rc::new(Raw::new(file))));
-    Ok(Disk { chain, layers: vec![Layer { path: path.to_owned(), format, unique_id: None }] })
-}
-
-fn guess(path: &Path) -> anyhow::Result<Format> {
-    let is_named_so = path.extension().is_some_and(|extension| extension == "raw" || extension == "img");
-    let is_block_device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
-    if is_named_so || is_block_device {
-        return Ok(Format::Raw);
-    }
-    bail!("{}: which format is it? Say it with -f", path.display());
 }
 
 /// What to say of an error of a file.
 pub(super) fn failed(path: &Path, doing: &str) -> impl FnOnce(Error) -> anyhow::Error {
     let what = format!("cannot {doing} {}", path.display());
     move |error| anyhow::Error::from(error).context(what)
+}
+
+/// Where a name leads that the image at `image` has, or is to have.
+pub(super) fn from_image(image: &Path, name: &str) -> PathBuf {
+    image.parent().unwrap_or(Path::new("")).join(name)
 }

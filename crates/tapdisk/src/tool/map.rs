@@ -8,17 +8,16 @@ use image::tool::{self, Mapped};
 use runtime::Handle;
 use serde::Serialize;
 use storage::Storage;
-use storage::file::Cache;
 
-use super::disk::{self, Access, Disk};
+use super::disk::{Access, Asked, Disk};
 use crate::cli::tool::Map;
 
 /// Text is printed in pieces of about so many bytes: a map may be long.
 const PIECE: usize = 64 << 10;
 
 pub(super) async fn run(handle: &Handle, arguments: &Map) -> anyhow::Result<()> {
-    let path = &arguments.source.file;
-    let disk = disk::open(handle, path, arguments.source.format, Access::Read, Cache::Buffered).await?;
+    let (path, source) = (&arguments.source.file, &arguments.source);
+    let disk = Asked::new(path, source.format, Access::Read, &source.places).open(handle).await?;
     let size = disk.chain.size();
     let len = arguments.max_length.unwrap_or(u64::MAX).min(size.saturating_sub(arguments.start_offset));
     let span = Span::new(arguments.start_offset.min(size), len).context("a disk is smaller than 8 EiB")?;
@@ -29,7 +28,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Map) -> anyhow::Result<()> 
     }
     tool::map(&disk.chain, span, &disk.flat(), |mapped| -> anyhow::Result<()> {
         if is_json {
-            out.object(&mapped, &disk)?
+            out.object(&mapped)?
         } else {
             out.line(&mapped, &disk)?
         }
@@ -55,8 +54,6 @@ struct Object {
     compressed: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    filename: Option<String>,
 }
 
 struct Text {
@@ -66,7 +63,7 @@ struct Text {
 
 impl Text {
     /// A run as an object.
-    fn object(&mut self, mapped: &Mapped, disk: &Disk) -> anyhow::Result<()> {
+    fn object(&mut self, mapped: &Mapped) -> anyhow::Result<()> {
         let object = Object {
             start: mapped.at,
             length: mapped.len,
@@ -76,7 +73,6 @@ impl Text {
             data: mapped.is_data,
             compressed: mapped.is_packed,
             offset: mapped.place,
-            filename: disk.layers.get(mapped.depth).map(|layer| layer.path.display().to_string()),
         };
         let object = serde_json::to_string(&object)?;
         self.text.push_str(if self.is_first { "[" } else { ",\n" });
@@ -87,7 +83,7 @@ impl Text {
 
     /// A run of data as a line; of others nothing.
     fn line(&mut self, mapped: &Mapped, disk: &Disk) -> anyhow::Result<()> {
-        let file = disk.layers.get(mapped.depth).map(|layer| layer.path.display().to_string());
+        let file = disk.layers.get(mapped.depth).map(|layer| layer.file.path.display().to_string());
         let place = match mapped.place {
             Some(place) => format!("{place:#x}"),
             None if mapped.is_packed => "compressed".into(),

@@ -3,15 +3,14 @@
 use anyhow::{Context, bail};
 use runtime::Handle;
 use storage::Storage;
-use storage::file::Cache;
 
-use super::disk::{self, Access, failed};
+use super::disk::{Access, Asked, failed};
 use crate::cli::tool::{NewSize, Resize};
 use crate::size;
 
 pub(super) async fn run(handle: &Handle, arguments: &Resize) -> anyhow::Result<()> {
     let path = &arguments.file;
-    let disk = disk::open(handle, path, arguments.format, Access::Write, Cache::Buffered).await?;
+    let disk = Asked::new(path, arguments.format, Access::Write, &arguments.places).open(handle).await?;
     let old = disk.chain.size();
     let new = match arguments.size {
         NewSize::Exactly(bytes) => bytes,
@@ -28,7 +27,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Resize) -> anyhow::Result<(
         );
     }
     disk.chain.resize(new).await.map_err(failed(path, "resize"))?;
-    disk.chain.close().await.map_err(failed(path, "make durable what was changed in"))?;
+    disk.close().await?;
     let (old, new) = (size::show(old), size::show(disk.chain.size()));
     crate::print(format!("Resized {}: from {old} to {new}\n", path.display()).as_bytes())
 }

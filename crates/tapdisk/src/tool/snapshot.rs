@@ -1,14 +1,57 @@
 //! `tapdisk snapshot`: the snapshots within an image.
 
-use anyhow::bail;
-use runtime::Handle;
-use storage::file::Cache;
+use std::rc::Rc;
 
-use super::disk::{self, Access};
-use crate::cli::tool::Snapshot;
+use anyhow::{Context, bail};
+use image::{Header, qcow2};
+use runtime::Handle;
+use serde_json::Value;
+use storage::Storage;
+
+use super::disk::{Access, Asked};
+use crate::cli::tool::{Snapshot, SnapshotAction};
 
 pub(super) async fn run(handle: &Handle, arguments: &Snapshot) -> anyhow::Result<()> {
-    let path = &arguments.file;
-    let disk = disk::open(handle, path, arguments.format, Access::Read, Cache::Buffered).await?;
-    bail!("{} is a {} image, which has no snapshots within", path.display(), disk.top().format);
+    let SnapshotAction { create, apply, delete, .. } = &arguments.action;
+    let changes = create.is_some() || apply.is_some() || delete.is_some();
+    let (path, places) = (&arguments.file, &arguments.places);
+    let access = if changes { Access::Write } else { Access::ReadAlone };
+    let asked = Asked::new(path, arguments.format, access, places);
+    // Opened and closed as an image first: what a server that died has noted gets into it.
+    let layers = if changes {
+        let disk = asked.open(handle).await?;
+        disk.close().await?;
+        disk.layers
+    } else {
+        asked.walk(handle).await?
+    };
+    let layer = layers.first().context("a disk has an image")?;
+    let Header::Qcow2(_) = &layer.header else {
+        bail!("{} is a {} image, which has no snapshots within", path.display(), layer.header.format());
+    };
+    let file = &layer.file.storage;
+    if changes {
+        bail!(
+            "{}: the snapshots of a qcow2 image can be listed only; `qemu-img snapshot` changes them",
+            path.display()
+        );
+    }
+    list(file, arguments).await
+}
+
+async fn list(file: &Rc<dyn Storage>, arguments: &Snapshot) -> anyhow::Result<()> {
+    let failed = || format!("cannot read the snapshots of {}", arguments.file.display());
+    let header = qcow2::Header::read(file).await.with_context(failed)?;
+    let snapshots = qcow2::snapshots(file, &header).await.with_context(failed)?;
+    if arguments.output.is_json() {
+        let all: Value = snapshots.iter().map(qcow2::Snapshot::info).collect();
+        return crate::print(format!("{all:#}\n").as_bytes());
+    }
+    let mut text = String::from("ID        Size of the disk    Seconds since 1970    Name\n");
+    for snapshot in &snapshots {
+        let size = snapshot.size.unwrap_or(header.size);
+        let (id, name) = (snapshot.id.escape_debug().to_string(), snapshot.name.escape_debug());
+        text.push_str(&format!("{id:<10}{size:<20}{:<22}{name}\n", snapshot.seconds));
+    }
+    crate::print(text.as_bytes())
 }
