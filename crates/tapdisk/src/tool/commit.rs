@@ -10,23 +10,30 @@ use storage::Storage;
 
 use super::disk::{Access, Asked};
 use super::progress::Progress;
+use super::resize;
 use crate::cli::tool::Commit;
 
 pub(super) async fn run(handle: &Handle, arguments: &Commit) -> anyhow::Result<()> {
     let (path, places) = (&arguments.file, &arguments.places);
     // Which files: all are let go of again.
-    let (below, below_format, format) = {
+    let (below, below_format, is_shorter) = {
         let layers = Asked::new(path, arguments.format, Access::Read, places).walk(handle).await?;
-        let format = layers.first().map(|layer| layer.header.format());
-        let Some(below) = layers.get(1) else {
+        let (Some(top), Some(below)) = (layers.first(), layers.get(1)) else {
             bail!("{} has no image below it: there is nowhere to copy it to", path.display());
         };
-        (below.file.path.clone(), below.header.format(), format)
+        (below.file.path.clone(), below.header.format(), below.header.size() < top.header.size())
     };
-    // It has to be free by now.
+    // They are free once the ring has had a turn.
     handle.turn().await;
-    let top = Asked::new(path, format, Access::ReadAlone, places).open(handle).await?;
-    let base = Asked::new(&below, Some(below_format), Access::Write, places).open(handle).await?;
+    let top = Asked::new(path, arguments.format, Access::ReadAlone, places).open(handle).await?;
+    let asked = Asked::new(&below, Some(below_format), Access::Write, places);
+    if is_shorter {
+        let size = top.chain.size();
+        let resized = resize::resize(handle, asked, false, |old| Some(old.max(size))).await;
+        resized.with_context(|| format!("{} has to be as large as {}", below.display(), path.display()))?;
+        handle.turn().await;
+    }
+    let base = asked.open(handle).await?;
     let mut images = vec![base.chain.top().clone()];
     images.extend_from_slice(base.chain.below());
     let chain = Rc::new(Chain::over(handle, top.chain.top().clone(), images));

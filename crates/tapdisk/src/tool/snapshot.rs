@@ -1,6 +1,7 @@
 //! `tapdisk snapshot`: the snapshots within an image.
 
 use std::rc::Rc;
+use std::time::SystemTime;
 
 use anyhow::{Context, bail};
 use image::{Header, qcow2};
@@ -30,11 +31,18 @@ pub(super) async fn run(handle: &Handle, arguments: &Snapshot) -> anyhow::Result
         bail!("{} is a {} image, which has no snapshots within", path.display(), layer.header.format());
     };
     let file = &layer.file.storage;
-    if changes {
-        bail!(
-            "{}: the snapshots of a qcow2 image can be listed only; `qemu-img snapshot` changes them",
-            path.display()
-        );
+    if let Some(name) = create {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let done = qcow2::take_snapshot(file, name, now).await;
+        return done.with_context(|| format!("cannot make the snapshot {name} of {}", path.display()));
+    }
+    if let Some(wanted) = apply {
+        let done = qcow2::apply_snapshot(file, wanted).await;
+        return done.with_context(|| format!("{} does not go back to the snapshot {wanted}", path.display()));
+    }
+    if let Some(wanted) = delete {
+        let done = qcow2::delete_snapshot(file, wanted).await;
+        return done.with_context(|| format!("cannot delete the snapshot {wanted} of {}", path.display()));
     }
     list(file, arguments).await
 }
