@@ -23,6 +23,8 @@ mod place;
 mod prepare;
 mod refcount;
 mod reserved;
+mod offline;
+mod resize;
 mod snapshot;
 mod table;
 mod width;
@@ -37,7 +39,8 @@ pub use image::Qcow2;
 pub use info::info;
 pub use pack::{Packed, Packer, pack};
 pub use prepare::prepare;
-pub use snapshot::{Snapshot, snapshots};
+pub use resize::resize;
+pub use snapshot::{Snapshot, apply_snapshot, delete_snapshot, find, snapshots, take_snapshot};
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";

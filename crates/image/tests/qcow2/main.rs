@@ -5,4 +5,5 @@ mod create;
 mod disk;
 mod header;
 mod info;
+mod snapshot;
 mod tools;
