@@ -58,9 +58,11 @@ impl Allowed {
     /// Where a name in the image at `image` leads, if it may be followed.
     pub(crate) fn follow(&self, image: &Path, name: &str) -> Result<Place, Refusal> {
         let named = resolve(image, name).ok_or(Refusal::Elsewhere)?;
-        let found = named.canonicalize().map_err(|error| match error.kind() {
-            ErrorKind::NotFound | ErrorKind::NotADirectory => Refusal::Missing(named.clone()),
-            _ => Refusal::Lost(named.clone(), error.to_string()),
+        let found = named.canonicalize().map_err(|error| {
+            if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
+                return Refusal::Missing(named.clone());
+            }
+            Refusal::Lost(named.clone(), error.to_string())
         })?;
         if !self.holds(&found) {
             return Err(Refusal::Forbidden(found));

@@ -58,10 +58,14 @@ pub async fn look(file: &Rc<dyn Storage>) -> Result<Look> {
 }
 
 fn by_head(head: &[u8]) -> Look {
-    let known: [(fn(&[u8]) -> bool, Format); 3] =
-        [(qcow::is, Format::Qcow), (qcow2::is, Format::Qcow2), (vhd::is, Format::Vhd)];
-    if let Some((_, format)) = known.iter().find(|(is, _)| is(head)) {
-        return Look::Of(*format);
+    if qcow::is(head) {
+        return Look::Of(Format::Qcow);
+    }
+    if qcow2::is(head) {
+        return Look::Of(Format::Qcow2);
+    }
+    if vhd::is(head) {
+        return Look::Of(Format::Vhd);
     }
     // By their specifications, or where QEMU looks for them.
     let foreign: [(usize, &[u8], &str); 9] = [

@@ -606,8 +606,7 @@ mod tests {
             ("json:{\"driver\":\"file\",\"filename\":\"/etc/passwd\"}", "which is no path"),
             ("missing.raw", "missing.raw does not exist"),
         ] {
-            let name = name.replace('"', "\"");
-            folder.over("top.qcow2", &name, Some("raw"));
+            folder.over("top.qcow2", name, Some("raw"));
             folder.refused("top.qcow2", plain, &["top.qcow2 names the backing file", words]);
             assert_eq!(
                 folder.walk("top.qcow2", |options| options.no_backing = true).unwrap(),
