@@ -182,7 +182,9 @@ impl Guests {
     /// An error must be one that storage has given.
     fn judge(&self, request: &Request, result: Result<(), Error>) -> Result<(), String> {
         match result {
-            Err(error) if self.all_is_well => Err(format!("{request:?} fails, but nothing goes wrong: {error}")),
+            Err(error) if self.all_is_well => {
+                Err(format!("{request:?} fails, but nothing goes wrong: {error}"))
+            }
             Err(error) if !self.world.has_given(error.errno()) => {
                 Err(format!("{request:?} fails with an error that nothing gave: {error}"))
             }

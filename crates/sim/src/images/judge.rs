@@ -76,16 +76,18 @@ impl Remains<'_> {
                 return Err(format!("a second repair ({repair:?}) changes byte {byte} of file {number}"));
             }
         }
-        self.go_on(&repaired, &Notes::default(), dice, false).map_err(|what| format!("after a repair: {what}"))?;
-        world.log(|log, operations| {
-            let mut replay = Replay::new(log, operations, self.files.clone(), Notes::default());
-            replay.advance(dice.below(log.len() as u64 + 1) as usize);
-            let choice = Choice::Random { percent: dice.pick(&[30, 70]), by_sector: dice.percent(50) };
-            let files = replay.power_cut(choice, dice);
-            self.check(&files)?;
-            self.go_on(&files, &Notes::default(), dice, false)
-        })
-        .map_err(|what| format!("after a power cut in a repair ({repair:?}): {what}"))
+        self.go_on(&repaired, &Notes::default(), dice, false)
+            .map_err(|what| format!("after a repair: {what}"))?;
+        world
+            .log(|log, operations| {
+                let mut replay = Replay::new(log, operations, self.files.clone(), Notes::default());
+                replay.advance(dice.below(log.len() as u64 + 1) as usize);
+                let choice = Choice::Random { percent: dice.pick(&[30, 70]), by_sector: dice.percent(50) };
+                let files = replay.power_cut(choice, dice);
+                self.check(&files)?;
+                self.go_on(&files, &Notes::default(), dice, false)
+            })
+            .map_err(|what| format!("after a power cut in a repair ({repair:?}): {what}"))
     }
 
     /// Opened anew it shows what it may show, and new writes harm nothing.
@@ -109,11 +111,7 @@ impl Remains<'_> {
             return Ok(());
         }
         let model = Rc::new(RefCell::new(Model::seen(&shown, self.subject.below)));
-        let habits = Habits {
-            depth: 1,
-            steps: dice.between(1, 8),
-            ..Habits::draw(dice, self.subject.unit)
-        };
+        let habits = Habits { depth: 1, steps: dice.between(1, 8), ..Habits::draw(dice, self.subject.unit) };
         let guests = Guests {
             world: world.clone(),
             chain,
@@ -137,6 +135,8 @@ impl Remains<'_> {
         let view = View { from: u64::MAX, until: u64::MAX };
         let again =
             Remains { model: &model.borrow(), view, files: world.files(), notes: Notes::default(), ..*self };
-        again.go_on(&again.files, &again.notes, dice, false).map_err(|what| format!("going on, then again: {what}"))
+        again
+            .go_on(&again.files, &again.notes, dice, false)
+            .map_err(|what| format!("going on, then again: {what}"))
     }
 }

@@ -244,7 +244,11 @@ mod tests {
         let one = model.begin(1, 0..GRAIN, Change::Write(1));
         assert_eq!(all(&model, View { from: 2, until: 3 }), [0, 1]);
         model.end(4, one, true);
-        assert_eq!(all(&model, View { from: 2, until: 5 }), [0, 1], "the read began before the write had ended");
+        assert_eq!(
+            all(&model, View { from: 2, until: 5 }),
+            [0, 1],
+            "the read began before the write had ended"
+        );
         assert_eq!(all(&model, View { from: 5, until: 6 }), [1]);
         let failed = model.begin(7, 0..GRAIN, Change::Write(2));
         model.end(8, failed, false);

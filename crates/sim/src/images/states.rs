@@ -119,7 +119,8 @@ impl<'a> Replay<'a> {
 
     /// How many operations no sync covers.
     pub(crate) fn loose(&self) -> usize {
-        let loose = |file: &File| file.tail.iter().filter(|(_, covered)| !covered).count() + file.flying.len();
+        let loose =
+            |file: &File| file.tail.iter().filter(|(_, covered)| !covered).count() + file.flying.len();
         self.files.iter().map(loose).sum()
     }
 
@@ -170,7 +171,9 @@ impl<'a> Replay<'a> {
                     let operation = &self.operations[*number];
                     let choice = dice.pick(&[Choice::All, Choice::None, Choice::Torn(0)]);
                     let only = choose(choice, 0, operation, dice);
-                    if !matches!(operation.act, Act::Resize(_)) || (only.is_none() && operation.landed.is_none()) {
+                    if !matches!(operation.act, Act::Resize(_))
+                        || (only.is_none() && operation.landed.is_none())
+                    {
                         apply(&mut bytes, &operation.act, operation.span, only.as_ref());
                     }
                 }

@@ -100,18 +100,24 @@ impl Subject {
     /// Opens it for writing, over what is below.
     pub(crate) async fn open(&self, handle: &Handle, world: &Rc<World>) -> Result<Chain, ImageError> {
         let files = Files::new(world);
-        let ledger = self.has_ledger.then(|| Box::new(Book(world.clone())) as Box<dyn image::metadata::Ledger>);
+        let ledger =
+            self.has_ledger.then(|| Box::new(Book(world.clone())) as Box<dyn image::metadata::Ledger>);
         let settings = Settings { writable: true, cache: self.cache, ledger, lasting: self.lasting };
         let top: Rc<dyn Image> = match &self.kind {
             Kind::Raw => Rc::new(Raw::new(files.image)),
             Kind::Toy(flaw) => Rc::new(Toy::open(files.image, settings.ledger, *flaw).await?),
         };
-        let below = if self.below > 0 { vec![Rc::new(Raw::new(files.base)) as Rc<dyn Image>] } else { vec![] };
+        let below =
+            if self.below > 0 { vec![Rc::new(Raw::new(files.base)) as Rc<dyn Image>] } else { vec![] };
         Ok(Chain::over(handle, top, below))
     }
 
     /// What a check finds; `None` for a format that has nothing to check.
-    pub(crate) async fn check(&self, world: &Rc<World>, repair: Repair) -> Result<Option<Report>, ImageError> {
+    pub(crate) async fn check(
+        &self,
+        world: &Rc<World>,
+        repair: Repair,
+    ) -> Result<Option<Report>, ImageError> {
         let files = Files::new(world);
         match &self.kind {
             Kind::Raw => Ok(None),

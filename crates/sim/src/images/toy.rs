@@ -131,7 +131,7 @@ impl Toy {
             next: Cell::new(0),
         };
         let noted = toy.ledger.as_ref().map_or(Ok(Vec::new()), |ledger| ledger.changes());
-        for change in noted.map_err(|_| ImageError::Invalid("no ledger".into()))? {
+        for change in noted.map_err(|error| ImageError::Refused(error.to_string()))? {
             let cluster = (change.at - 512) / 8;
             toy.map.borrow_mut()[cluster as usize] = change.new;
             toy.dirty.borrow_mut().insert(cluster, change.new);
@@ -150,17 +150,26 @@ impl Toy {
         }
         let change = Change { at: word_at(cluster), old, new: word, stage: 0 };
         let noted = self.ledger.as_ref().is_some_and(|ledger| ledger.note(&[change]).is_ok());
-        if noted { Ok(()) } else { self.save().await }
+        // A round, which empties the ledger: what it has must not be taken for newer than this.
+        if noted { Ok(()) } else { self.flush().await }
     }
 
-    /// Brings the map to the file, after the data that it points to.
-    async fn save(&self) -> Result<()> {
-        self.claim(SAVING).await;
-        let result = self.write_dirty().await;
-        self.busy.borrow_mut().remove(&SAVING);
-        result
+    /// Brings the map to the file, and the ledger to its end.
+    async fn round(&self) -> Result<()> {
+        if let Some(ledger) = &self.ledger {
+            ledger.begin();
+        }
+        self.write_dirty().await?;
+        if self.flaw != Flaw::NoSync {
+            self.file.flush().await?;
+        }
+        if let Some(ledger) = &self.ledger {
+            ledger.end();
+        }
+        Ok(())
     }
 
+    /// Writes what has changed, after the data that it points to.
     async fn write_dirty(&self) -> Result<()> {
         let words = self.dirty.take();
         if self.flaw != Flaw::MapBeforeData
@@ -223,9 +232,7 @@ impl Image for Toy {
         Box::pin(async move {
             let (cluster, skip) = (span.at() / CLUSTER, span.at() % CLUSTER);
             let len = span.len().min(CLUSTER - skip);
-            if self.word(span.at()) > ZERO {
-                return Ok(Placement::shown(self.word(span.at()) + skip, len, None));
-            }
+            // Who finds a place that is not safe yet waits until it is, or would be answered too early.
             self.claim(cluster).await;
             if self.word(span.at()) > ZERO {
                 self.busy.borrow_mut().remove(&cluster);
@@ -295,18 +302,10 @@ impl Image for Toy {
 
     fn flush(&self) -> Io<'_> {
         Box::pin(async move {
-            if let Some(ledger) = &self.ledger {
-                ledger.begin();
-            }
-            self.save().await?;
-            if self.flaw == Flaw::NoSync {
-                return Ok(());
-            }
-            self.file.flush().await?;
-            if let Some(ledger) = &self.ledger {
-                ledger.end();
-            }
-            Ok(())
+            self.claim(SAVING).await;
+            let result = self.round().await;
+            self.busy.borrow_mut().remove(&SAVING);
+            result
         })
     }
 

@@ -208,10 +208,6 @@ impl World {
         log.len() as u64 - 1
     }
 
-    pub(crate) fn set_pace(&self, pace: Pace) {
-        self.inner.borrow_mut().pace = pace;
-    }
-
     /// The files as they are read now.
     pub(crate) fn files(&self) -> Vec<Bytes> {
         self.inner.borrow().files.clone()
@@ -270,12 +266,13 @@ impl World {
             Some(Fault::Delay) => is_held = true,
             None => {}
         }
+        let mut landed = None;
         if let Some(errno) = inner.poison[file]
             && !matches!(act, Act::Read)
         {
-            result = Err(errno);
+            (result, landed) = (Err(errno), Some(BTreeSet::new()));
         }
-        inner.operations.push(Operation { file, act, span, landed: None, result, state: State::Begun });
+        inner.operations.push(Operation { file, act, span, landed, result, state: State::Begun });
         inner.buffers.push(buf);
         inner.wakers.push(None);
         inner.log.push(Event::Begun(number));
@@ -411,7 +408,9 @@ impl Inner {
     fn perform(&mut self, number: usize) {
         let operation = &mut self.operations[number];
         operation.state = State::Done;
-        if operation.act.changes() && !matches!(operation.act, Act::Resize(_)) {
+        if matches!(operation.act, Act::Resize(_)) && operation.result.is_err() {
+            operation.landed = Some(BTreeSet::new());
+        } else if operation.act.changes() && operation.landed.is_none() {
             let whole = match (&operation.act, operation.result) {
                 // What is discarded may stay.
                 (Act::Discard, Ok(())) => self.dice.percent(60),
@@ -424,10 +423,6 @@ impl Inner {
                 let sectors = sectors(operation.span);
                 operation.landed = Some(sectors.filter(|_| self.dice.percent(percent)).collect());
             }
-        }
-        let poisoned = operation.act.changes() && self.poison[operation.file].is_some();
-        if poisoned || (matches!(operation.act, Act::Resize(_)) && operation.result.is_err()) {
-            operation.landed = Some(BTreeSet::new());
         }
         let file = &mut self.files[operation.file];
         match (&operation.act, &self.buffers[number]) {
