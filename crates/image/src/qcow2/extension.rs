@@ -1,6 +1,6 @@
 //! Header extensions: what follows the header's fields, each with its kind and length (specification, "Header extensions").
 
-use crate::ImageError;
+use crate::{Format, ImageError};
 
 use super::bytes::{be32, be64};
 
@@ -79,6 +79,32 @@ pub struct Extensions {
     pub features: Option<Vec<Feature>>,
     /// Those that nothing is known of, by their kind; they are kept. Bitmaps that are not consistent any more are among them.
     pub unknown: Vec<(u32, Vec<u8>)>,
+}
+
+/// What QEMU calls a format, in an image that names its backing file's.
+pub(super) const fn qemu_name(format: Format) -> &'static str {
+    match format {
+        Format::Raw => "raw",
+        Format::Qcow => "qcow",
+        Format::Qcow2 => "qcow2",
+        Format::Vhd => "vpc",
+    }
+}
+
+/// The names of all features that are known here: the same that QEMU writes, so that others say them too.
+pub(super) fn qemu_features() -> Vec<Feature> {
+    use FeatureKind::{Autoclear, Compatible, Incompatible};
+    let known = [
+        (Incompatible, 0, "dirty bit"),
+        (Incompatible, 1, "corrupt bit"),
+        (Incompatible, 2, "external data file"),
+        (Incompatible, 3, "compression type"),
+        (Incompatible, 4, "extended L2 entries"),
+        (Compatible, 0, "lazy refcounts"),
+        (Autoclear, 0, "bitmaps"),
+        (Autoclear, 1, "raw external data"),
+    ];
+    known.map(|(kind, bit, name)| Feature { kind, bit, name: name.to_owned() }).into()
 }
 
 fn invalid(text: String) -> ImageError {

@@ -5,14 +5,34 @@
 //! and its blocks). All numbers are big-endian, all tables begin at cluster boundaries.
 
 mod bytes;
+mod counts;
+mod create;
+mod entry;
 mod extension;
+mod free;
 mod header;
+mod health;
+mod image;
+mod map;
+mod packed;
+mod place;
+mod refcount;
+mod reserved;
+mod table;
+mod width;
+mod zero;
 
+pub use create::{Create, DataFile, Preallocation, create};
 pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
+pub use image::Qcow2;
 
 /// What a file of this format, and of version 1, begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Bit of an entry of the active L1 table or an L2 table that it leads to: the count of the cluster is exactly one, so it may be
+/// written in place.
+const COPIED: u64 = 1 << 63;
 
 /// Whether a file that begins with these bytes is of this format: versions 2 and up, known or not.
 pub fn is(head: &[u8]) -> bool {

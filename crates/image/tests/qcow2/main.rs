@@ -1,4 +1,5 @@
 //! qcow2 against QEMU's own tools.
 
+mod create;
 mod header;
 mod tools;

@@ -1,5 +1,7 @@
 //! What tests of qcow2 share: images in memory, and `qemu-img` to make and judge them.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 
@@ -33,4 +35,56 @@ pub(crate) fn qemu_img(arguments: &[&str]) -> String {
         Command::new("qemu-img").args(arguments).output().expect("qemu-img is installed (qemu-utils)");
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs `qemu-img`; gives its exit code and what it printed.
+pub(crate) fn qemu_img_says(arguments: &[&str]) -> (i32, String, String) {
+    let output =
+        Command::new("qemu-img").args(arguments).output().expect("qemu-img is installed (qemu-utils)");
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+/// All bytes of a file.
+pub(crate) fn bytes(file: &Rc<dyn Storage>) -> Vec<u8> {
+    let buf = Buf::zeroed(file.size() as usize);
+    now(file.read(0, buf.clone())).unwrap();
+    buf.to_vec()
+}
+
+/// Puts a file's bytes where `qemu-img` finds them; zeroes are holes.
+pub(crate) fn save(file: &Rc<dyn Storage>, path: &Path) {
+    use std::os::unix::fs::FileExt;
+    let to = std::fs::File::create(path).unwrap();
+    to.set_len(file.size()).unwrap();
+    for at in (0..file.size()).step_by(1 << 20) {
+        let buf = Buf::zeroed((file.size() - at).min(1 << 20) as usize);
+        now(file.read(at, buf.clone())).unwrap();
+        let piece = buf.to_vec();
+        if piece.iter().any(|byte| *byte != 0) {
+            to.write_all_at(&piece, at).unwrap();
+        }
+    }
+}
+
+/// What `qemu-img info` says of an image, without what depends on the file's name.
+pub(crate) fn info(path: &Path) -> serde_json::Value {
+    let text = qemu_img(&["info", "-f", "qcow2", "--output=json", path.to_str().unwrap()]);
+    let mut info: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for key in ["filename", "children", "actual-size", "full-backing-filename"] {
+        info.as_object_mut().unwrap().remove(key);
+    }
+    info
+}
+
+/// What `qemu-img check` says of an image, by its keys; 0 where it says nothing. The exit code is `"code"`.
+pub(crate) fn check(path: &Path) -> BTreeMap<String, u64> {
+    let (code, out, error) =
+        qemu_img_says(&["check", "-f", "qcow2", "--output=json", path.to_str().unwrap()]);
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap_or_else(|_| panic!("{out}{error}"));
+    let numbers = report.as_object().unwrap().iter();
+    let mut found: BTreeMap<String, u64> =
+        numbers.filter_map(|(key, value)| Some((key.clone(), value.as_u64()?))).collect();
+    found.insert("code".to_owned(), code as u64);
+    found
 }
