@@ -8,6 +8,7 @@ pub mod qcow2;
 mod raw;
 mod report;
 pub mod tool;
+pub mod vhd;
 
 use std::any::Any;
 use std::rc::Rc;
