@@ -4,6 +4,7 @@ mod chain;
 mod error;
 mod format;
 pub mod metadata;
+pub mod qcow;
 pub mod qcow2;
 mod raw;
 mod report;

@@ -5,11 +5,11 @@ use std::rc::Rc;
 
 use block::{Error, Result, Span};
 
-use super::{COPIED, Header};
 use super::entry::{Place, Shape};
 use super::health::Health;
 use super::refcount::{Allocator, read_words, span};
 use super::reserved::Reserved;
+use super::{COPIED, Header};
 use crate::metadata::{Metadata, Stage, Units};
 
 /// What points to the disk's data is written last.

@@ -133,17 +133,18 @@ impl Guests {
     }
 
     async fn ask(&self, request: Request) -> Result<(), String> {
+        if let Request::Read(bytes) = request {
+            return self.read(bytes).await;
+        }
+        let result = self.make(&request).await;
+        self.judge(&request, result)
+    }
+
+    /// Makes a request that is no read, and tells the model.
+    async fn make(&self, request: &Request) -> Result<(), Error> {
         let begun = self.world.tick();
         let change = |bytes: &Range<u64>, change| self.model.borrow_mut().begin(begun, bytes.clone(), change);
-        let (result, action) = match &request {
-            Request::Read(bytes) => return self.read(bytes.clone(), begun).await,
-            Request::Flush => {
-                let result = self.chain.flush().await;
-                if result.is_ok() {
-                    self.model.borrow_mut().flushed(begun, self.world.tick());
-                }
-                (result, None)
-            }
+        let (result, action) = match request {
             Request::Write(bytes) => {
                 let number = self.numbers.get();
                 self.numbers.set(number + 1);
@@ -160,14 +161,20 @@ impl Guests {
                 let action = change(bytes, Change::Discard);
                 (self.chain.discard(span(bytes)).await, Some(action))
             }
+            Request::Flush => (self.chain.flush().await, None),
+            Request::Read(_) => (Ok(()), None),
         };
-        if let Some(action) = action {
-            self.model.borrow_mut().end(self.world.tick(), action, result.is_ok());
+        let ended = self.world.tick();
+        match (action, request) {
+            (Some(action), _) => self.model.borrow_mut().end(ended, action, result.is_ok()),
+            (None, Request::Flush) if result.is_ok() => self.model.borrow_mut().flushed(begun, ended),
+            (None, _) => {}
         }
-        self.judge(&request, result)
+        result
     }
 
-    async fn read(&self, bytes: Range<u64>, begun: u64) -> Result<(), String> {
+    async fn read(&self, bytes: Range<u64>) -> Result<(), String> {
+        let begun = self.world.tick();
         let buf = Buf::zeroed((bytes.end - bytes.start) as usize);
         buf.fill(0xa5);
         let result = self.chain.read(bytes.start, buf.clone()).await;
@@ -199,43 +206,35 @@ impl Guests {
         for _ in 0..units {
             let at = self.dice.borrow_mut().below(size) / self.habits.unit * self.habits.unit;
             let end = size.min(at + self.habits.unit.min(64 << 10));
-            self.ask_after_faults(Request::Write(at..end)).await?;
+            let request = match self.dice.borrow_mut().below(6) {
+                0 => Request::Zero(at..end, true),
+                1 => Request::Discard(at..end),
+                2.. => Request::Write(at..end),
+            };
+            self.ask_after_faults(request).await?;
         }
         self.ask_after_faults(Request::Flush).await?;
-        let begun = self.world.tick();
-        self.read(0..size, begun).await
+        self.read(0..size).await
     }
 
     async fn ask_after_faults(&self, request: Request) -> Result<(), String> {
         let poison = self.chain.poison();
-        let begun = self.world.tick();
-        match request {
-            Request::Write(bytes) => {
-                let number = self.numbers.get();
-                self.numbers.set(number + 1);
-                let action = self.model.borrow_mut().begin(begun, bytes.clone(), Change::Write(number));
-                let data = Buf::from_bytes(&pattern(bytes.start, bytes.end - bytes.start, number));
-                let result = self.chain.write(bytes.start, data).await;
-                self.model.borrow_mut().end(self.world.tick(), action, result.is_ok());
-                tell("a write", &poison, &result)
-            }
-            Request::Flush => {
-                let result = self.chain.flush().await;
-                if result.is_ok() {
-                    self.model.borrow_mut().flushed(begun, self.world.tick());
-                }
-                tell("a flush", &poison, &result)
-            }
-            Request::Read(_) | Request::Zero(..) | Request::Discard(_) => Ok(()),
-        }
+        let result = self.make(&request).await;
+        tell(&format!("{request:?}"), &poison, &self.chain.poison(), &result)
     }
 }
 
-fn tell(what: &str, poison: &Option<Error>, result: &Result<(), Error>) -> Result<(), String> {
-    match (poison, result) {
-        (None, Err(error)) => Err(format!("{what} fails after all faults have ceased: {error}")),
-        (Some(poison), Ok(())) => Err(format!("{what} succeeds on what is poisoned: {poison}")),
-        (None, Ok(())) | (Some(_), Err(_)) => Ok(()),
+/// Judges a request that has met no new fault; a sync that was under way before may still fail.
+fn tell(
+    what: &str,
+    before: &Option<Error>,
+    after: &Option<Error>,
+    result: &Result<(), Error>,
+) -> Result<(), String> {
+    match (before, after, result) {
+        (_, None, Err(error)) => Err(format!("{what} fails after all faults have ceased: {error}")),
+        (Some(poison), _, Ok(())) => Err(format!("{what} succeeds on what is poisoned: {poison}")),
+        (None, _, Ok(())) | (_, Some(_), Err(_)) => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use image::Repair;
+use image::{Repair, Report};
 
 use super::bytes::Bytes;
 use super::guest::{Guests, Habits};
@@ -38,8 +38,8 @@ impl Remains<'_> {
         World::new(files.to_vec(), notes.clone(), Pace::Instant, Dice::new(0))
     }
 
-    /// It is whole, or wastes space at most.
-    fn check(&self, files: &[Bytes]) -> Result<bool, String> {
+    /// It is whole, or wastes space at most: what there is to be said of that.
+    fn check(&self, files: &[Bytes]) -> Result<Option<Report>, String> {
         let world = self.world(files, &Notes::default());
         let report = self.run_check(&world, Repair::No)?;
         if world.files().iter().zip(files).any(|(now, before)| now != before) {
@@ -48,14 +48,12 @@ impl Remains<'_> {
         Ok(report)
     }
 
-    /// Whether nothing is wasted.
-    fn run_check(&self, world: &Rc<World>, repair: Repair) -> Result<bool, String> {
+    fn run_check(&self, world: &Rc<World>, repair: Repair) -> Result<Option<Report>, String> {
         let (subject, of) = (self.subject.clone(), world.clone());
         let report = runtime(world).block_on(async move { subject.check(&of, repair).await });
         match report.map_err(|error| format!("check ({repair:?}): {error}"))? {
             Some(report) if !report.is_safe() => Err(format!("check ({repair:?}): {report:?}")),
-            Some(report) => Ok(report.is_clean()),
-            None => Ok(true),
+            report => Ok(report.filter(|report| !report.is_clean())),
         }
     }
 
@@ -65,8 +63,8 @@ impl Remains<'_> {
         let world = self.world(&self.files, &Notes::default());
         self.run_check(&world, repair)?;
         let repaired = world.files();
-        if !self.check(&repaired)? {
-            return Err(format!("after a repair ({repair:?}) there is something to repair"));
+        if let Some(report) = self.check(&repaired)?.filter(|_| self.subject.gives_back_leaks()) {
+            return Err(format!("after a repair ({repair:?}) there is something to repair: {report:?}"));
         }
         let again = self.world(&repaired, &Notes::default());
         self.run_check(&again, repair)?;

@@ -12,6 +12,7 @@ mod recorder;
 mod run;
 mod states;
 mod subject;
+#[cfg(test)]
 mod toy;
 mod world;
 

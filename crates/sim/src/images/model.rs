@@ -114,6 +114,14 @@ impl Model {
         }
     }
 
+    /// A death has perhaps taken what no flush covers.
+    pub(crate) fn lose(&mut self, time: u64) {
+        let from = self.after_power_cut(time).from;
+        for action in self.actions.iter_mut().skip(1).filter(|action| action.ended >= from) {
+            action.is_ok = false;
+        }
+    }
+
     /// A flush has succeeded.
     pub(crate) fn flushed(&mut self, begun: u64, ended: u64) {
         self.flushes.push((begun, ended));

@@ -238,6 +238,9 @@ impl Trial {
         }
         world.settle();
         model.borrow_mut().end_all(world.tick());
+        if !self.subject.outlives_its_process() {
+            model.borrow_mut().lose(world.tick());
+        }
         world.set_rules(Vec::new());
         Ok((0..3).all(|file| world.poison(file).is_none()))
     }
