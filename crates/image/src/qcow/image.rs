@@ -350,7 +350,8 @@ impl Qcow {
     }
 
     async fn commit_placed(&self, placement: Placement) -> Result<()> {
-        let Some(keep) = placement.keep else { return Ok(()) };
+        // Another request may have published it, whose answer still waits.
+        let Some(keep) = placement.keep else { return self.metadata.saved().await };
         let pending = keep.downcast::<Pending>().expect("a placement of this image");
         let bits = self.geometry.get().cluster_bits;
         let words: Vec<(u64, u64)> = (0..pending.clusters)
@@ -434,9 +435,6 @@ impl Image for Qcow {
     }
 
     fn commit(&self, placement: Placement) -> Io<'_> {
-        if placement.keep.is_none() {
-            return Box::pin(ready(Ok(())));
-        }
         Box::pin(self.commit_placed(placement))
     }
 
