@@ -2,6 +2,7 @@
 
 mod announce;
 mod cli;
+mod contents;
 mod logging;
 mod serve;
 mod size;

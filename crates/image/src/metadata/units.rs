@@ -72,6 +72,12 @@ impl State {
         self.next
     }
 
+    /// The wakers of those who wait for one of these.
+    fn waiting_for(&mut self, units: &Range<u64>) -> Vec<Waker> {
+        let claims = self.claims.iter_mut().filter(|(_, claim)| units.contains(&claim.waits_for));
+        claims.filter_map(|(_, claim)| claim.waker.take()).collect()
+    }
+
     /// Takes as many units as there are to be had; whether it has all.
     fn advance(&mut self, key: usize) -> bool {
         let claim = &self.claims[key];
@@ -103,16 +109,25 @@ impl State {
     }
 }
 
+impl Lock {
+    /// Lets those from this unit on go. Some before it are left.
+    pub fn shorten(&mut self, end: u64) {
+        let mut state = self.units.0.borrow_mut();
+        let claim = &mut state.claims[self.key];
+        let end = end.clamp(claim.units.start + 1, claim.units.end);
+        let free = end..claim.units.end;
+        (claim.units.end, claim.waits_for) = (end, end);
+        let wakers = state.waiting_for(&free);
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
         let mut state = self.units.0.borrow_mut();
         let gone = state.claims.remove(self.key);
-        let wakers: Vec<Waker> = state
-            .claims
-            .iter_mut()
-            .filter(|(_, claim)| gone.units.contains(&claim.waits_for))
-            .filter_map(|(_, claim)| claim.waker.take())
-            .collect();
+        let wakers = state.waiting_for(&gone.units);
         drop(state);
         wakers.into_iter().for_each(Waker::wake);
     }
@@ -180,6 +195,19 @@ mod tests {
         assert!(!claims.has(both));
         claims.let_go(higher);
         assert!(claims.has(both));
+    }
+
+    #[test]
+    fn who_needs_less_lets_the_rest_go() {
+        let mut claims = Claims::default();
+        let (first, second) = (claims.claim(0..9), claims.claim(4..5));
+        assert!(claims.has(first) && !claims.has(second));
+        claims.2[first].as_mut().unwrap().shorten(4);
+        assert!(claims.has(second));
+        let third = claims.claim(3..4);
+        assert!(!claims.has(third));
+        claims.let_go(first);
+        assert!(claims.has(third));
     }
 
     #[test]

@@ -3,7 +3,10 @@
 mod check;
 mod crash;
 mod create;
+mod disk;
+mod faults;
 mod header;
 mod info;
 mod snapshot;
+mod space;
 mod tools;
