@@ -331,3 +331,36 @@ fn a_repair_that_is_cut_off_is_finished_by_the_next() {
         }
     }
 }
+
+#[test]
+fn a_header_that_gets_other_names_has_the_old_ones_or_the_new_ones() {
+    let folder = scratch();
+    let path = folder.path().join("image");
+    for (options, len) in
+        [("compat=1.1", 30), ("compat=1.1", 700), ("compat=0.10", 300), ("cluster_size=4k", 1000)]
+    {
+        let name = |first: char, len: usize| format!("{first}").repeat(len);
+        let old = name('o', len);
+        let arguments = ["create", "-q", "-u", "-f", "qcow2", "-b", &old, "-F", "raw", "-o", options];
+        qemu_img(&[&arguments[..], &[path.to_str().unwrap(), "1M"]].concat());
+        let sound = bytes(&load(&path));
+        for new in [name('n', 20), name('n', 450), name('n', 1023), String::new()] {
+            let recorder = Recorder::new(&sound);
+            let file: Rc<dyn Storage> = recorder.clone();
+            let mut header = now(Header::read(&file)).unwrap();
+            header.backing_file = (!new.is_empty()).then(|| new.clone());
+            header.extensions.backing_format = header.backing_file.as_ref().map(|_| "qcow2".to_owned());
+            now(header.write(&file)).unwrap();
+            assert_eq!(now(Header::read(&file)).unwrap(), header);
+            let events = recorder.events.borrow().clone();
+            let allowed =
+                [Some((old.clone(), "raw")), header.backing_file.clone().map(|name| (name, "qcow2"))];
+            for state in states(&sound, &events, 5) {
+                let found = now(Header::read(&ram(&state))).unwrap();
+                let format = found.extensions.backing_format.as_deref();
+                let found = found.backing_file.as_ref().map(|name| (name.clone(), format.unwrap()));
+                assert!(allowed.contains(&found), "{options}, {len} to {}: {found:?}", new.len());
+            }
+        }
+    }
+}
