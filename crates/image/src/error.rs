@@ -1,5 +1,7 @@
 //! Why an image cannot be opened, made, checked or changed, in words for people.
 
+use std::fmt::Display;
+
 use block::{Errno, Error};
 
 /// Each message says what was found and where, what was expected, and what to do.
@@ -27,6 +29,28 @@ impl ImageError {
             ImageError::Unsupported(_) => Errno::EOPNOTSUPP,
             ImageError::Refused(_) => Errno::EINVAL,
             ImageError::Io(error) => error.errno(),
+        }
+    }
+
+    /// The same, with whose it is in front.
+    #[must_use]
+    pub fn within(self, whose: impl Display) -> ImageError {
+        match self {
+            ImageError::Invalid(text) => ImageError::Invalid(format!("{whose}: {text}")),
+            ImageError::Unsupported(text) => ImageError::Unsupported(format!("{whose}: {text}")),
+            ImageError::Refused(text) => ImageError::Refused(format!("{whose}: {text}")),
+            ImageError::Io(error) => ImageError::Io(error.during(format_args!("open {whose}"))),
+        }
+    }
+
+    /// The same, with what else is to be said of it.
+    #[must_use]
+    pub(crate) fn with(self, more: impl Display) -> ImageError {
+        match self {
+            ImageError::Invalid(text) => ImageError::Invalid(format!("{text}{more}")),
+            ImageError::Unsupported(text) => ImageError::Unsupported(format!("{text}{more}")),
+            ImageError::Refused(text) => ImageError::Refused(format!("{text}{more}")),
+            ImageError::Io(error) => ImageError::Io(error),
         }
     }
 }

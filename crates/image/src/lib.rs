@@ -3,11 +3,21 @@
 mod chain;
 mod error;
 mod format;
+mod frozen;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod header;
 pub mod metadata;
+mod open;
+mod places;
+pub mod probe;
+pub mod qcow;
 pub mod qcow2;
 mod raw;
 mod report;
 pub mod tool;
+pub mod vhd;
+mod walk;
 
 use std::any::Any;
 use std::rc::Rc;
@@ -18,8 +28,12 @@ use storage::{Io, Storage, Zeroing};
 pub use chain::Chain;
 pub use error::ImageError;
 pub use format::{Backing, Format, UnknownFormat};
+pub use header::Header;
+pub use open::{Disk, open};
+pub use places::Allowed;
 pub use raw::Raw;
 pub use report::{Repair, Report};
+pub use walk::{Filter, Held, Layer, Options, walk};
 
 /// How an image is opened.
 #[derive(Default)]
