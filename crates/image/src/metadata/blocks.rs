@@ -61,7 +61,7 @@ pub(super) struct Copy {
 
 /// All of them.
 pub(super) struct Blocks {
-    /// Bytes of one.
+    /// Bytes of one, a power of two.
     len: usize,
     /// How many there may be before those that may go do.
     most: usize,
@@ -102,9 +102,10 @@ impl Blocks {
 
     /// The word at this byte of the file, a multiple of 8.
     pub(super) fn word(&self, at: u64) -> Option<u64> {
-        let block = &self.slots[self.find(at / self.len as u64)?];
+        // On the way of each request: no divisions.
+        let block = &self.slots[self.find(at >> self.len.trailing_zeros())?];
         block.is_used.set(true);
-        Some(block.words[at as usize % self.len / 8])
+        Some(block.words[(at as usize & (self.len - 1)) / 8])
     }
 
     pub(super) fn contains(&self, number: u64) -> bool {

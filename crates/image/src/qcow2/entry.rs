@@ -42,9 +42,14 @@ impl Shape {
         if self.extended { SUBCLUSTERS } else { 1 }
     }
 
+    /// A part has 2 to the power of this many bytes.
+    pub(super) fn part_bits(self) -> u32 {
+        if self.extended { self.cluster_bits - SUBCLUSTERS.ilog2() } else { self.cluster_bits }
+    }
+
     /// Bytes of a part.
     pub(super) fn part(self) -> u64 {
-        self.cluster() / u64::from(self.parts())
+        1 << self.part_bits()
     }
 
     /// The mask of all parts.
@@ -54,7 +59,7 @@ impl Shape {
 
     /// The mask of the parts with these bytes of a cluster; they are within it, and at least one.
     pub(super) fn touched(self, bytes: Range<u64>) -> u32 {
-        let (first, last) = (bytes.start / self.part(), (bytes.end - 1) / self.part());
+        let (first, last) = (bytes.start >> self.part_bits(), (bytes.end - 1) >> self.part_bits());
         mask(first as u32..last as u32 + 1)
     }
 
@@ -63,9 +68,14 @@ impl Shape {
         if self.extended { 2 } else { 1 }
     }
 
+    /// A table has 2 to the power of this many entries.
+    pub(super) fn entries_bits(self) -> u32 {
+        self.cluster_bits - if self.extended { 4 } else { 3 }
+    }
+
     /// Entries of a table.
     pub(super) fn entries(self) -> u64 {
-        self.cluster() / (8 * self.words())
+        1 << self.entries_bits()
     }
 
     /// Where an entry of the table at byte `table` is.

@@ -141,8 +141,8 @@ impl Qcow2 {
             let (kind, end) = match entry {
                 Entry::Packed(_) => (Kind::Packed, within.end),
                 Entry::Plain(cluster) => {
-                    let part = (at / shape.part()) as u32;
-                    let end = u64::from(cluster.run_end(part, shape.parts())) * shape.part();
+                    let part = (at >> shape.part_bits()) as u32;
+                    let end = u64::from(cluster.run_end(part, shape.parts())) << shape.part_bits();
                     (kind_of(cluster, part, at), end.min(within.end))
                 }
             };

@@ -130,11 +130,11 @@ impl Qcow2 {
 
     /// How many of these bytes of a cluster are there, from the first on.
     fn shown_in(&self, cluster: Cluster, within: &Range<u64>) -> u64 {
-        let part = (within.start / self.shape.part()) as u32;
+        let part = (within.start >> self.shape.part_bits()) as u32;
         if cluster.data >> part & 1 == 0 {
             return 0;
         }
-        let end = u64::from(cluster.run_end(part, self.shape.parts())) * self.shape.part();
+        let end = u64::from(cluster.run_end(part, self.shape.parts())) << self.shape.part_bits();
         end.min(within.end) - within.start
     }
 

@@ -3,20 +3,54 @@
 //! Reference counts say this as well. But in a broken image they may not, and a write in good faith would then destroy the rest.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
 
 use block::Span;
+
+/// Multiplies numbers by a secret odd one (Dietzfelbinger's multiply-shift): each write asks, and an image may be made to have
+/// its tables' numbers collide, if it is known how they are hashed.
+struct Secret(u64);
+
+impl BuildHasher for Secret {
+    type Hasher = Product;
+
+    fn build_hasher(&self) -> Product {
+        Product { factor: self.0, product: 0 }
+    }
+}
+
+struct Product {
+    factor: u64,
+    product: u64,
+}
+
+impl Hasher for Product {
+    fn finish(&self) -> u64 {
+        // The upper bits are the good ones, and the table looks at the lower ones.
+        self.product.rotate_left(32)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.product = (self.product ^ number).wrapping_mul(self.factor);
+    }
+}
 
 /// A set of clusters, by the bytes of the file that they are.
 pub(super) struct Reserved {
     cluster_bits: u32,
-    /// 64 clusters each; hashed with a secret, since an image may be made to have them collide.
-    groups: HashMap<u64, u64>,
+    /// 64 clusters each.
+    groups: HashMap<u64, u64, Secret>,
 }
 
 impl Reserved {
     /// None.
     pub(super) fn new(cluster_bits: u32) -> Reserved {
-        Reserved { cluster_bits, groups: HashMap::default() }
+        let secret = Secret(RandomState::new().build_hasher().finish() | 1);
+        Reserved { cluster_bits, groups: HashMap::with_hasher(secret) }
     }
 
     /// The clusters with these bytes.
@@ -51,8 +85,12 @@ impl Reserved {
 
     /// Whether one of these bytes is in it.
     pub(super) fn overlaps(&self, span: Span) -> bool {
-        self.clusters(span).any(|cluster| {
-            self.groups.get(&(cluster / 64)).is_some_and(|group| group >> (cluster % 64) & 1 == 1)
+        let clusters = self.clusters(span);
+        (clusters.start / 64..clusters.end.div_ceil(64)).any(|number| {
+            let bit = |cluster: u64| cluster.clamp(number * 64, number * 64 + 64) - number * 64;
+            let upto = |bit: u64| 1_u64.checked_shl(bit as u32).map_or(u64::MAX, |bit| bit - 1);
+            let asked = upto(bit(clusters.end)) & !upto(bit(clusters.start));
+            self.groups.get(&number).is_some_and(|group| group & asked != 0)
         })
     }
 }

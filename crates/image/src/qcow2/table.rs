@@ -87,8 +87,8 @@ impl Tables {
 
     /// Where a cluster's entry is.
     pub(super) fn index(&self, cluster: u64) -> Index {
-        let entries = self.shape.entries();
-        Index { table: (cluster / entries) as usize, entry: cluster % entries }
+        let bits = self.shape.entries_bits();
+        Index { table: (cluster >> bits) as usize, entry: cluster & ((1 << bits) - 1) }
     }
 
     /// The L2 table of an entry of L1, if it has one; else what is wrong with it.
