@@ -1,5 +1,6 @@
 //! The command line: what the help, the man page and the completions are made from.
 
+pub(crate) mod tool;
 pub(crate) mod xen;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use guest::listen::Address;
 use image::Format;
 use storage::filter::Rule;
 
+use self::tool::Tool;
 use self::xen::{Detach, XenOptions};
 use crate::size;
 
@@ -27,6 +29,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Serve(Box<Serve>),
     Detach(Detach),
+    #[command(flatten)]
+    Tool(Tool),
     /// Print the completions for a shell
     Completions {
         /// Which shell
@@ -312,9 +316,10 @@ pub(crate) mod tests {
         let words = ["tapdisk", "serve"].iter().chain(words);
         match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
             Command::Serve(serve) => Ok(*serve),
-            other @ (Command::Detach(_) | Command::Completions { .. } | Command::Man { .. }) => {
-                Err(format!("{other:?}"))
-            }
+            other @ (Command::Detach(_)
+            | Command::Tool(_)
+            | Command::Completions { .. }
+            | Command::Man { .. }) => Err(format!("{other:?}")),
         }
     }
 

@@ -7,6 +7,7 @@ mod logging;
 mod serve;
 mod size;
 mod state;
+mod tool;
 mod xen;
 
 use std::io::Write;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Detach(arguments) => xen::detach(&arguments),
+        Command::Tool(tool) => return tool::run(tool),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tapdisk", &mut text);

@@ -7,7 +7,7 @@ use storage::Storage;
 use crate::{Backing, Format, ImageError};
 
 use super::bytes::{self, be32, be64};
-use super::extension::{Extensions, FeatureKind, string};
+use super::extension::{Extensions, FeatureKind, qemu_name, string};
 use super::{MAGIC, is};
 
 /// Bits of the field `incompatible`: who does not know one must not open the image.
@@ -471,6 +471,12 @@ impl Header {
         let format = self.extensions.backing_format.as_deref().map(str::parse::<Format>);
         let format = format.transpose().unwrap_or_default();
         Some(Backing { name, format, others: Vec::new(), unique_id: None })
+    }
+
+    /// Has it name another image below, or none.
+    pub fn set_backing(&mut self, name: Option<&str>, format: Option<Format>) {
+        self.backing_file = name.map(str::to_owned);
+        self.extensions.backing_format = format.map(|format| qemu_name(format).to_owned());
     }
 
     /// Bytes of the header's fields.

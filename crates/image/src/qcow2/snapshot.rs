@@ -1,13 +1,17 @@
 //! Internal snapshots: other L1 tables in the same file, each with a name (specification, "Snapshots").
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use storage::Storage;
 
 use crate::ImageError;
 
+use super::COPIED;
+use super::bitmap::distrust;
 use super::bytes::{self, be32, be64};
-use super::header::{Header, SNAPSHOTS_MAX};
+use super::header::{Header, L1_MAX, SNAPSHOTS_MAX, autoclear};
+use super::offline::{Change, read_table};
 
 /// Bytes of an entry of the snapshot table before its further fields.
 const ENTRY: usize = 40;
@@ -17,6 +21,9 @@ const EXTRA_MAX: usize = 1024;
 const TABLE_MAX: usize = 64 << 20;
 /// Bytes of the table read at a time.
 const PIECE: usize = 64 << 10;
+
+/// Longest name (QEMU's `QEMUSnapshotInfo`).
+const NAME_MAX: usize = 255;
 
 /// A snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +101,144 @@ pub(super) async fn table(file: &Rc<dyn Storage>, header: &Header) -> Result<Tab
         table.snapshots.push(snapshot);
     }
     Ok(table)
+}
+
+/// The one that is meant: by its identifier, or else by its name.
+pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Option<&'a Snapshot> {
+    let by_id = snapshots.iter().find(|snapshot| snapshot.id == wanted);
+    by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == wanted))
+}
+
+/// Makes a snapshot of the disk as it is, at a time since 1970. Nobody has the image open.
+///
+/// # Errors
+/// The image is not sound, cannot have snapshots, or the storage failed: then there is the snapshot or there is none, and at most
+/// space leaks.
+pub async fn take_snapshot(file: &Rc<dyn Storage>, name: &str, when: Duration) -> Result<(), ImageError> {
+    if name.len() > NAME_MAX {
+        return Err(ImageError::Refused(format!("a snapshot's name has at most {NAME_MAX} bytes")));
+    }
+    let mut change = Change::begin(file).await?;
+    if change.header.has_data_file() {
+        return Err(ImageError::Refused(
+            "a disk with an external data file has no snapshots within its image".to_owned(),
+        ));
+    }
+    if change.header.snapshots >= SNAPSHOTS_MAX {
+        return Err(ImageError::Refused(format!("an image has at most {SNAPSHOTS_MAX} snapshots")));
+    }
+    let old = table(file, &change.header).await?;
+    // As QEMU counts: one more than the largest that is a number.
+    let last = old.snapshots.iter().filter_map(|snapshot| leading_number(&snapshot.id)).max().unwrap_or(0);
+    let l1: Vec<u64> = active(&change).await?.iter().map(|word| word & !COPIED).collect();
+    let l1_at = change.l1_table(&l1).await?;
+    let mut bytes = joined(&old.snapshots);
+    let new =
+        entry(l1_at, l1.len() as u32, &last.saturating_add(1).to_string(), name, when, change.header.size);
+    bytes.extend_from_slice(&new);
+    if bytes.len() > TABLE_MAX {
+        return Err(ImageError::Refused(
+            "the names of this image's snapshots are too long for another one".to_owned(),
+        ));
+    }
+    let table_at = change.plain_table(&bytes).await?;
+    change.count().await?;
+    change.header.snapshots_at = table_at;
+    change.header.snapshots += 1;
+    change.switch().await?;
+    change.end().await
+}
+
+/// Deletes a snapshot. Nobody has the image open.
+///
+/// # Errors
+/// There is none such, the image is not sound, or the storage failed: then it is there or it is not, and at most space leaks.
+pub async fn delete_snapshot(file: &Rc<dyn Storage>, wanted: &str) -> Result<(), ImageError> {
+    let mut change = Change::begin(file).await?;
+    let old = table(file, &change.header).await?;
+    let gone = find(&old.snapshots, wanted).ok_or_else(|| missing(wanted))?.clone();
+    let mut left = old.snapshots;
+    let place = left.iter().position(|snapshot| *snapshot == gone).unwrap_or(left.len());
+    left.remove(place);
+    let table_at = change.plain_table(&joined(&left)).await?;
+    change.count().await?;
+    change.header.snapshots_at = table_at;
+    change.header.snapshots = left.len() as u32;
+    change.switch().await?;
+    change.end().await
+}
+
+/// Makes the disk what it was when the snapshot was taken, its size included. Nobody has the image open.
+///
+/// # Errors
+/// There is none such, the image is not sound, or the storage failed: then the disk is as it was or as the snapshot is, and at
+/// most space leaks.
+pub async fn apply_snapshot(file: &Rc<dyn Storage>, wanted: &str) -> Result<(), ImageError> {
+    let mut change = Change::begin(file).await?;
+    let all = snapshots(file, &change.header).await?;
+    let snapshot = find(&all, wanted).ok_or_else(|| missing(wanted))?;
+    let size = snapshot.size.unwrap_or(change.header.size);
+    let needed = change.header.l1_needed(size);
+    if needed * 8 > L1_MAX || size > i64::MAX as u64 {
+        return Err(ImageError::Invalid(format!(
+            "the disk of snapshot `{wanted}` has {size} bytes, more than there can be"
+        )));
+    }
+    let mut l1 = read_table(file, snapshot.l1_at, snapshot.l1_entries.into()).await?;
+    l1.iter_mut().for_each(|word| *word &= !COPIED);
+    l1.resize(l1.len().max(needed as usize), 0);
+    let l1_at = change.l1_table(&l1).await?;
+    change.count().await?;
+    match distrust(file, &change.header, size != change.header.size).await {
+        Ok(_) => {}
+        Err(ImageError::Io(error)) => return Err(error.into()),
+        Err(ImageError::Invalid(_) | ImageError::Unsupported(_) | ImageError::Refused(_)) => {
+            change.header.autoclear &= !autoclear::BITMAPS;
+        }
+    }
+    change.header.l1_at = l1_at;
+    change.header.l1_entries = l1.len() as u32;
+    change.header.size = size;
+    change.switch().await?;
+    change.end().await
+}
+
+fn missing(wanted: &str) -> ImageError {
+    ImageError::Refused(format!("there is no snapshot `{wanted}` in this image"))
+}
+
+async fn active(change: &Change<'_>) -> block::Result<Vec<u64>> {
+    read_table(change.file, change.header.l1_at, change.header.l1_entries.into()).await
+}
+
+/// The number that a text begins with.
+fn leading_number(text: &str) -> Option<u64> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    text[..digits].parse().ok()
+}
+
+fn joined(snapshots: &[Snapshot]) -> Vec<u8> {
+    snapshots.iter().flat_map(|snapshot| snapshot.entry.iter().copied()).collect()
+}
+
+/// The bytes of an entry of the snapshot table.
+fn entry(l1_at: u64, l1_entries: u32, id: &str, name: &str, when: Duration, size: u64) -> Vec<u8> {
+    let mut all = l1_at.to_be_bytes().to_vec();
+    all.extend_from_slice(&l1_entries.to_be_bytes());
+    all.extend_from_slice(&(id.len() as u16).to_be_bytes());
+    all.extend_from_slice(&(name.len() as u16).to_be_bytes());
+    all.extend_from_slice(&(when.as_secs() as u32).to_be_bytes());
+    all.extend_from_slice(&when.subsec_nanos().to_be_bytes());
+    all.extend_from_slice(&[0; 12]); // no guest has run, and none is saved
+    // Further fields: the saved guest's size again, the disk's, and no count of instructions.
+    all.extend_from_slice(&24_u32.to_be_bytes());
+    all.extend_from_slice(&[0; 8]);
+    all.extend_from_slice(&size.to_be_bytes());
+    all.extend_from_slice(&u64::MAX.to_be_bytes());
+    all.extend_from_slice(id.as_bytes());
+    all.extend_from_slice(name.as_bytes());
+    all.resize(all.len().next_multiple_of(8), 0);
+    all
 }
 
 fn odd(header: &Header, number: u32, why: &str) -> ImageError {

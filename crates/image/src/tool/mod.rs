@@ -4,6 +4,7 @@ mod commit;
 mod convert;
 mod layers;
 mod map;
+mod pack;
 mod pump;
 mod rebase;
 
@@ -12,6 +13,7 @@ use block::{Buf, Error, Span};
 pub use commit::commit;
 pub use convert::{Convert, convert};
 pub use map::{Mapped, map};
+pub use pack::pack;
 pub use rebase::rebase;
 
 /// Bytes that are moved in one piece.
@@ -48,10 +50,10 @@ pub enum ToolError {
     #[error("told to stop before the end")]
     Stopped,
     /// What was to be copied could not be read.
-    #[error("cannot read what is to be copied: {0}")]
+    #[error("cannot read what is to be copied")]
     Source(#[source] Error),
     /// Where it was to be copied could not be written.
-    #[error("cannot write the copy: {0}")]
+    #[error("cannot write the copy")]
     Target(#[source] Error),
     /// A piece of the work ended without a result.
     #[error("a part of the work panicked (a bug in tapdisk)")]

@@ -5,5 +5,7 @@ mod create;
 mod disk;
 mod faults;
 mod header;
+mod info;
+mod snapshot;
 mod space;
 mod tools;

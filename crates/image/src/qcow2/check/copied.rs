@@ -6,25 +6,26 @@ use super::super::{COPIED, bytes};
 use super::counter::Counter;
 use super::entry::Target;
 use super::stored::Stored;
-use super::walk::{MEMORY, Walk, l2_entries, words};
+use super::walk::{MEMORY, Root, Walk, l2_entries, words};
 
 /// Bytes of a table read at a time.
 const PIECE: u64 = 1 << 20;
 
 impl Walk<'_> {
-    /// Compares the marks with the counts in the file; gives how many are wrong, after it has put them right if told so.
+    /// Compares the marks in a table and those that it leads to with the counts in the file; gives how many are wrong, after it
+    /// has put them right if told so.
     ///
     /// # Errors
     /// The storage's, when it writes.
-    pub(super) async fn marks(&mut self, stored: &mut Stored, fix: bool) -> Result<u64> {
+    pub(super) async fn marks(&mut self, stored: &mut Stored, root: Root, fix: bool) -> Result<u64> {
         let mut wrong = 0;
         let mut tables = Counter::new(1, MEMORY / 4);
-        let len = u64::from(self.header.l1_entries) * 8;
+        let len = root.entries * 8;
         let mut first = true;
         loop {
             let mut done = 0;
-            while done < len && self.header.l1_at + done < self.file.size() {
-                let at = self.header.l1_at + done;
+            while done < len && root.at + done < self.file.size() {
+                let at = root.at + done;
                 let piece = match bytes::read(self.file, at, PIECE.min(len - done) as usize).await {
                     Ok(piece) => piece,
                     Err(error) => {

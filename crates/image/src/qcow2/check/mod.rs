@@ -19,14 +19,18 @@ mod walk;
 
 use std::rc::Rc;
 
-use block::Result;
+use block::{Result, Span};
 use storage::Storage;
 
 use super::header::{Header, autoclear, incompatible};
 use crate::{ImageError, Repair, Report};
 use counter::Counter;
 use stored::{Change, Differences, Stored};
-use walk::{Entries, Faults, MEMORY, Plan, Walk};
+use walk::{Entries, Faults, MEMORY, Walk};
+pub(super) use walk::{Plan, Root};
+
+/// Runs of free clusters that are given back at a time, to bound memory.
+const FREE_MAX: usize = 1 << 20;
 
 /// What an inspection found, besides its report.
 #[derive(Debug)]
@@ -111,7 +115,8 @@ async fn inspect(file: &Rc<dyn Storage>, header: &Header) -> Result<Found> {
         }
     }
     let mut walk = Walk::new(file, header, &mut report, &plan);
-    let marks = walk.marks(&mut stored, false).await?;
+    let active = walk.active();
+    let marks = walk.marks(&mut stored, active, false).await?;
     report.corruptions += marks;
     report.image_end_offset = counts.end;
     Ok(Found { report, faults, counts })
@@ -184,14 +189,78 @@ pub(super) async fn settle(file: &Rc<dyn Storage>, header: &Header) -> Result<()
     sweep(file, header, &plan, Change::Lower).await?;
     let mut scratch = Report::default();
     let mut stored = Stored::read(file, header).await?;
-    let wrong = Walk::new(file, header, &mut scratch, &plan).marks(&mut stored, true).await?;
-    if wrong > 0 {
+    let mut walk = Walk::new(file, header, &mut scratch, &plan);
+    let active = walk.active();
+    if walk.marks(&mut stored, active, true).await? > 0 {
         file.flush().await?;
     }
     Ok(())
 }
 
-/// Changes counts to what refers and what is planned to.
+/// Counts what is planned to refer as well, in a sound image.
+///
+/// # Errors
+/// Some count would be larger than its bits allow; then nothing has changed. The storage's.
+pub(super) async fn claim(
+    file: &Rc<dyn Storage>,
+    header: &mut Header,
+    plan: &Plan,
+) -> Result<(), ImageError> {
+    let found = sweep(file, header, plan, Change::No).await?;
+    if found.overflow {
+        return Err(ImageError::Refused(format!(
+            "reference counts of {} bits are too narrow for another reference to each cluster; convert the image to one with \
+             wider counts",
+            header.refcount_bits()
+        )));
+    }
+    if found.rebuild {
+        // New tables lie where no block counts.
+        rebuild::rebuild(file, header, plan).await?;
+    } else {
+        sweep(file, header, plan, Change::Raise).await?;
+    }
+    Ok(())
+}
+
+/// Sets the marks for writing in place by the counts, in the active tables and in planned ones.
+///
+/// # Errors
+/// The storage's.
+pub(super) async fn unmark(file: &Rc<dyn Storage>, header: &Header, plan: &Plan) -> Result<()> {
+    let mut scratch = Report::default();
+    let mut stored = Stored::read(file, header).await?;
+    let mut walk = Walk::new(file, header, &mut scratch, plan);
+    let mut roots = vec![walk.active()];
+    roots.extend_from_slice(&plan.roots);
+    for root in roots {
+        walk.marks(&mut stored, root, true).await?;
+    }
+    file.flush().await
+}
+
+/// The byte after the last cluster that something uses, by the counts.
+///
+/// # Errors
+/// The storage's.
+pub(super) async fn used_end(file: &Rc<dyn Storage>, header: &Header) -> Result<u64> {
+    Ok(sweep(file, header, &Plan::default(), Change::No).await?.end)
+}
+
+/// The first cluster of so many that nothing uses, by the counts, and that are not in `taken`; behind all others if need be.
+///
+/// # Errors
+/// The storage's.
+pub(super) async fn free_run(
+    file: &Rc<dyn Storage>,
+    header: &Header,
+    clusters: u64,
+    taken: &[std::ops::Range<u64>],
+) -> Result<u64> {
+    Stored::read(file, header).await?.free_run(clusters, taken).await
+}
+
+/// Changes counts to what refers and what is planned to. What is lowered to nothing is given back to the file's storage.
 async fn sweep(file: &Rc<dyn Storage>, header: &Header, plan: &Plan, change: Change) -> Result<Differences> {
     let mut scratch = Report::default();
     let mut stored = Stored::read(file, header).await?;
@@ -200,11 +269,31 @@ async fn sweep(file: &Rc<dyn Storage>, header: &Header, plan: &Plan, change: Cha
     loop {
         let mut walk = Walk::new(file, header, &mut scratch, plan);
         walk.references(&mut counter, Entries::Known, Some(&stored.table)).await?;
-        add(&mut all, stored.compare(&counter, change, |_, _, _| {}).await?);
+        let mut free: Vec<std::ops::Range<u64>> = Vec::new();
+        let differs = |cluster: u64, _count: u64, references: u64| {
+            if change != Change::Lower || references > 0 {
+                return;
+            }
+            let full = free.len() >= FREE_MAX;
+            match free.last_mut() {
+                Some(run) if run.end == cluster => run.end += 1,
+                // More runs than that are not worth their memory.
+                Some(_) if full => {}
+                Some(_) | None => free.push(cluster..cluster + 1),
+            }
+        };
+        add(&mut all, stored.compare(&counter, change, differs).await?);
+        // What is free must be so for good before its bytes are gone.
+        file.flush().await?;
+        for run in free {
+            let at = run.start << header.cluster_bits;
+            let end = (run.end << header.cluster_bits).min(file.size());
+            if let Some(span) = Span::new(at, end.saturating_sub(at)).filter(|span| !span.is_empty()) {
+                file.discard(span).await?;
+            }
+        }
         if !counter.advance() {
-            break;
+            return Ok(all);
         }
     }
-    file.flush().await?;
-    Ok(all)
 }

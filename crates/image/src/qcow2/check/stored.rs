@@ -208,4 +208,23 @@ impl Stored {
         }
         changed
     }
+
+    /// See [`super::free_run`].
+    pub(super) async fn free_run(&mut self, clusters: u64, taken: &[Range<u64>]) -> Result<u64> {
+        let (mut run, mut behind) = (0, self.clusters.max(self.end()));
+        for range in taken {
+            behind = behind.max(range.end);
+        }
+        // Only where there are blocks to count it in: there is no need of new ones then.
+        let blocks =
+            (0..self.table.len() as u64).take_while(|number| self.block_at(*number).is_some()).count();
+        for cluster in 0..blocks as u64 * self.per_block {
+            let free = self.get(cluster).await? == 0 && !taken.iter().any(|range| range.contains(&cluster));
+            run = if free { run + 1 } else { 0 };
+            if run == clusters {
+                return Ok(cluster + 1 - clusters);
+            }
+        }
+        Ok(behind)
+    }
 }

@@ -21,22 +21,22 @@ const PIECE: u64 = 1 << 20;
 
 /// An L1 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Root {
+pub(in super::super) struct Root {
     /// Its first byte.
-    pub(crate) at: u64,
+    pub(in super::super) at: u64,
     /// Its entries.
-    pub(crate) entries: u64,
+    pub(in super::super) entries: u64,
 }
 
 /// What an image is about to refer to, besides what it does.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Plan {
+pub(in super::super) struct Plan {
     /// Bytes of the file.
-    pub(crate) spans: Vec<(u64, u64)>,
+    pub(in super::super) spans: Vec<(u64, u64)>,
     /// L1 tables, and what they lead to.
-    pub(crate) roots: Vec<Root>,
+    pub(in super::super) roots: Vec<Root>,
     /// L2 tables, and what they lead to.
-    pub(crate) tables: Vec<u64>,
+    pub(in super::super) tables: Vec<u64>,
 }
 
 /// What is wrong with what refers, as far as it is not a matter of counts.
@@ -86,6 +86,11 @@ impl<'a> Walk<'a> {
         Walk { file, header, judge, report, faults: Faults::default(), plan }
     }
 
+    /// The active L1 table.
+    pub(super) fn active(&self) -> Root {
+        Root { at: self.header.l1_at, entries: self.header.l1_entries.into() }
+    }
+
     fn cluster(&self) -> u64 {
         self.header.cluster_size()
     }
@@ -132,7 +137,7 @@ impl<'a> Walk<'a> {
         refcounts: Option<&[u64]>,
     ) -> Result<()> {
         self.span(counter, 0, self.cluster(), 1, entries, "header");
-        let active = Root { at: self.header.l1_at, entries: self.header.l1_entries.into() };
+        let active = self.active();
         self.roots(counter, &[(active, 1)], &[], entries, true).await?;
         let mut others: BTreeMap<Root, u64> = BTreeMap::new();
         match table(self.file, self.header).await {

@@ -1,0 +1,163 @@
+//! A file in the making. It has another name until it is whole, so that what has the right name is whole, whatever ends
+//! the work before.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use storage::file::{self, Cache, OpenError, Opened, Options};
+
+/// Bytes of a file that was made just now, until somebody says how large it is to be.
+const SOME: u64 = 4096;
+
+/// A file in the making; dropped before it is finished, it is removed.
+pub(super) struct Target {
+    /// What it is to be called.
+    path: PathBuf,
+    /// What it is called until then; `None` for a block device, which is written where it is.
+    part: Option<PathBuf>,
+    /// The file that it replaces, locked so that nobody opens it meanwhile.
+    replaced: Option<std::fs::File>,
+}
+
+/// Makes a new file, or takes a block device. A file that exists is replaced if `force` is set or it is empty, in the end.
+///
+/// # Errors
+/// It exists, is in use, or cannot be made.
+pub(super) fn make(path: &Path, force: bool, cache: Cache) -> anyhow::Result<(Target, Opened)> {
+    let options = Options { cache, wait: Duration::ZERO, ..Options::default() };
+    // A name for another file is that file's: it is not replaced itself.
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let mut replaced = None;
+    match std::fs::metadata(&path) {
+        Ok(metadata) if metadata.file_type().is_block_device() => {
+            let opened = file::open(&path, &options)?;
+            return Ok((Target { path, part: None, replaced: None }, opened));
+        }
+        Ok(metadata) if metadata.is_file() && metadata.len() > 0 => {
+            if !force {
+                bail!("{} exists: `--force` replaces it", path.display());
+            }
+            replaced = Some(file::open(&path, &options)?.file);
+        }
+        Ok(metadata) if metadata.is_file() => {}
+        Ok(_) => bail!("{} is neither a file nor a block device", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
+    }
+    let part = part_of(&path)?;
+    let opened = file::open(&part, &Options { create: Some(SOME), ..options }).map_err(|error| {
+        let is_busy = matches!(error, OpenError::Busy { .. });
+        let hint = if is_busy { ": somebody is just making this image" } else { "" };
+        anyhow::Error::from(error).context(format!("cannot make {}{hint}", path.display()))
+    })?;
+    // Who had it until just now may have given it its name meanwhile.
+    let (ours, named) = (opened.file.metadata()?, std::fs::metadata(&part));
+    if !named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())) {
+        bail!("{} was just made by somebody else", path.display());
+    }
+    Ok((Target { path, part: Some(part), replaced }, opened))
+}
+
+fn part_of(path: &Path) -> anyhow::Result<PathBuf> {
+    let mut name =
+        path.file_name().map(OsString::from).with_context(|| format!("{} names no file", path.display()))?;
+    name.push(".part");
+    Ok(path.with_file_name(name))
+}
+
+impl Target {
+    /// Whether it is a new file, and reads as zero where it was not written.
+    pub(super) fn is_file(&self) -> bool {
+        self.part.is_some()
+    }
+
+    /// Gives the file its name, for good. What is in it has to be durable already.
+    ///
+    /// # Errors
+    /// It has no name any more, or its name may not be durable.
+    pub(super) fn finish(mut self) -> anyhow::Result<()> {
+        let Some(part) = self.part.clone() else { return Ok(()) };
+        let path = self.path.clone();
+        let failed = || format!("cannot give {} its name", path.display());
+        if let Some(replaced) = &self.replaced {
+            let old = replaced.metadata().with_context(failed)?;
+            std::fs::set_permissions(&part, old.permissions()).with_context(failed)?;
+            let new = std::fs::metadata(&part).with_context(failed)?;
+            if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
+                std::os::unix::fs::chown(&part, Some(old.uid()), Some(old.gid())).with_context(failed)?;
+            }
+        }
+        std::fs::rename(&part, &path).with_context(failed)?;
+        self.part = None;
+        let folder = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            Some(_) | None => Path::new("."),
+        };
+        let folder = std::fs::File::open(folder)
+            .with_context(|| format!("cannot open the folder of {}", path.display()))?;
+        folder.sync_all().with_context(|| format!("the name {} may not be durable", path.display()))
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Some(part) = &self.part
+            && let Err(error) = std::fs::remove_file(part)
+        {
+            eprintln!("tapdisk: {} stays behind, incomplete: {error}", part.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_finished_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let (target, opened) = make(&path, false, Cache::Buffered).unwrap();
+        assert!(folder.path().join("disk.part").exists() && !path.exists());
+        // While it is being made nobody else makes it.
+        let error = format!("{:#}", make(&path, false, Cache::Buffered).err().unwrap());
+        assert!(error.contains("somebody is just making"), "{error}");
+        drop((target, opened));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_exists_is_replaced_only_by_force_and_only_in_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("disk"), folder.path().join("link"));
+        std::fs::write(&path, "old").unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let error = make(&link, false, Cache::Buffered).err().unwrap().to_string();
+        assert!(error.contains("exists"), "{error}");
+        let (target, opened) = make(&link, true, Cache::Buffered).unwrap();
+        // Nobody opens the old one meanwhile.
+        let options = Options { wait: Duration::ZERO, ..Options::default() };
+        assert!(matches!(file::open(&path, &options), Err(OpenError::Busy { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        drop(opened);
+        target.finish().unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), SOME);
+        assert!(link.is_symlink());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn an_image_in_use_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::write(&path, "old").unwrap();
+        let options = Options { wait: Duration::ZERO, ..Options::default() };
+        let _held = file::open(&path, &options).unwrap();
+        let error = make(&path, true, Cache::Buffered).err().unwrap().to_string();
+        assert!(error.contains("in use by"), "{error}");
+    }
+}

@@ -1,0 +1,136 @@
+//! Failures: told, with an exit status, and nothing that looks whole is left behind.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use faultfs::{FaultFs, Options};
+use rustix::fs::FlockOperation;
+use rustix::process::{Pid, Signal};
+
+use crate::folder::Folder;
+
+fn mount() -> Option<FaultFs> {
+    faultfs::mount_for_test(Options { async_direct_io: true, ..Options::default() })
+}
+
+fn name(fs: &FaultFs, name: &str) -> String {
+    fs.path().join(name).to_str().unwrap().to_owned()
+}
+
+fn left(fs: &FaultFs) -> Vec<String> {
+    let entries = std::fs::read_dir(fs.path()).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn a_full_store_is_told_and_nothing_is_left_there() {
+    let Some(fs) = mount() else { return };
+    let folder = Folder::new();
+    folder.disk("disk.raw");
+    fs.set_capacity(Some(1 << 20));
+    let target = name(&fs, "copy");
+    for words in [&["-O", "raw"][..], &["-O", "qcow"], &["-O", "qcow2"], &["-O", "qcow2", "-c"], &["-O", "vhd"]] {
+        for cache in ["none", "writeback"] {
+            let all = [&["convert", "-t", cache], words, &["disk.raw", &target]].concat();
+            folder.refuses(&all, 1, &["was not made, nothing is left of it", "ENOSPC"]);
+            assert_eq!(left(&fs), [""; 0], "{words:?}");
+        }
+    }
+}
+
+#[test]
+fn bytes_that_cannot_be_read_are_not_copied_as_something_else() {
+    let Some(fs) = mount() else { return };
+    let folder = Folder::new();
+    folder.disk("disk.raw");
+    let source = name(&fs, "source.raw");
+    std::fs::copy(folder.path("disk.raw"), &source).unwrap();
+    let map = folder.tapdisk(&["map", "--json", "disk.raw"]).json();
+    let data = map.as_array().unwrap().iter().rfind(|run| run["data"] == true).unwrap();
+    let at = data["start"].as_u64().unwrap();
+    fs.rule(format!("read:EIO:{at}..{}", at + 512).parse().unwrap());
+    for words in [&["-O", "raw"][..], &["-O", "qcow2"], &["-O", "qcow2", "-c"]] {
+        let all = [&["convert", "-T", "none"], words, &[&source, "copy"]].concat();
+        folder.refuses(&all, 1, &["copy was not made", "cannot read what is to be copied", "EIO"]);
+        assert_eq!(folder.names(), ["disk.raw"]);
+    }
+}
+
+#[test]
+fn a_failed_sync_of_the_copy_is_told() {
+    let Some(fs) = mount() else { return };
+    let folder = Folder::new();
+    folder.disk("disk.raw");
+    let target = name(&fs, "copy");
+    for format in ["raw", "qcow", "qcow2", "vhd"] {
+        let rule = fs.rule("fsync:EIO".parse().unwrap());
+        folder.refuses(&["convert", "-O", format, "disk.raw", &target], 1, &["was not made", "EIO"]);
+        assert_eq!(left(&fs), [""; 0], "{format}");
+        fs.remove(rule);
+    }
+}
+
+/// Whether a process has yet to be told of a signal (proc_pid_status(5)).
+fn has_pending_signals(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap();
+    pending.trim().bytes().any(|digit| digit != b'0')
+}
+
+#[test]
+fn told_to_stop_it_leaves_nothing() {
+    let Some(fs) = mount() else { return };
+    let folder = Folder::new();
+    folder.disk("disk.raw");
+    let target = name(&fs, "copy");
+    fs.rule("write:hang:1M..".parse().unwrap());
+    let words = ["convert", "-t", "none", "disk.raw", &target];
+    let child = folder.command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(fs.wait_hanging(1, Duration::from_secs(40)));
+    rustix::process::kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    // What hangs it waits for: the kernel has its memory.
+    while has_pending_signals(child.id()) {
+        std::thread::yield_now();
+    }
+    fs.clear();
+    fs.release();
+    let ended = child.wait_with_output().unwrap();
+    let words = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{words}");
+    assert!(words.contains("told to stop"), "{words}");
+    assert_eq!(left(&fs), [""; 0]);
+}
+
+#[test]
+fn an_image_in_use_is_refused_by_the_name_of_who_has_it() {
+    let folder = Folder::new();
+    folder.disk("disk.raw");
+    folder.tapdisk(&["convert", "-O", "qcow2", "disk.raw", "disk.qcow2"]);
+    folder.tapdisk(&["create", "-f", "qcow2", "-b", "disk.qcow2", "top.qcow2"]);
+    let held = std::fs::File::open(folder.path("disk.qcow2")).unwrap();
+    rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
+    let us = format!("process {}", std::process::id());
+    for words in [
+        &["info", "disk.qcow2"][..],
+        &["check", "disk.qcow2"],
+        &["check", "--repair", "all", "disk.qcow2"],
+        &["map", "disk.qcow2"],
+        &["resize", "disk.qcow2", "+1M"],
+        &["convert", "disk.qcow2", "copy.raw"],
+        &["convert", "--force", "disk.raw", "disk.qcow2"],
+        &["create", "--force", "disk.qcow2", "1M"],
+        &["convert", "top.qcow2", "copy.raw"],
+        &["commit", "top.qcow2"],
+        &["rebase", "-b", "", "top.qcow2"],
+        &["snapshot", "-l", "disk.qcow2"],
+    ] {
+        folder.refuses(words, 1, &["in use by", &us]);
+    }
+    drop(held);
+    let held = std::fs::File::open(folder.path("disk.qcow2")).unwrap();
+    rustix::fs::flock(&held, FlockOperation::LockShared).unwrap();
+    folder.tapdisk(&["info", "disk.qcow2"]);
+    folder.tapdisk(&["check", "disk.qcow2"]);
+    folder.refuses(&["commit", "top.qcow2"], 1, &["in use by", &us]);
+    assert_eq!(folder.names(), ["disk.qcow2", "disk.raw", "top.qcow2"]);
+}
