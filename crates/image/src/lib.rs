@@ -3,6 +3,9 @@
 mod chain;
 mod error;
 mod format;
+mod frozen;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod header;
 pub mod metadata;
 mod open;

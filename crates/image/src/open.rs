@@ -6,6 +6,7 @@ use std::rc::Rc;
 use runtime::Handle;
 use storage::Storage;
 
+use crate::frozen::{Frozen, FrozenLedger};
 use crate::metadata::{Ledger, LedgerFile};
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
@@ -55,7 +56,12 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
         let settings = Settings {
             writable,
             cache: share(options.cache, depth, layers.len()),
-            ledger: ledger.filter(|_| writable).map(|ledger| Box::new(ledger) as Box<dyn Ledger>),
+            ledger: ledger.filter(|_| writable).map(|ledger| -> Box<dyn Ledger> {
+                match layer.poison() {
+                    None => Box::new(ledger),
+                    Some(_) => Box::new(FrozenLedger(ledger)),
+                }
+            }),
             lasting: options.lasting && writable,
         };
         let image = open_image(handle, layer, settings).await.map_err(|error| match (pending, &layer.file.record) {
@@ -74,8 +80,24 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
 }
 
 async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Result<Rc<dyn Image>, ImageError> {
-    let (file, data): (Rc<dyn Storage>, Option<Rc<dyn Storage>>) =
-        (layer.file.storage.clone(), layer.data.as_ref().map(|data| data.storage.clone()));
+    let data = layer.data.as_ref().map(|data| data.storage.clone());
+    let Some(poison) = layer.poison() else {
+        return open_on(handle, layer, layer.file.storage.clone(), data, settings).await;
+    };
+    let freeze = |storage: Rc<dyn Storage>| Rc::new(Frozen::new(storage, poison.clone()));
+    let (file, data) = (freeze(layer.file.storage.clone()), data.map(freeze));
+    let image = open_on(handle, layer, file.clone(), data.clone().map(|data| data as _), settings).await?;
+    [Some(file), data].into_iter().flatten().for_each(|frozen| frozen.is_opened());
+    Ok(image)
+}
+
+async fn open_on(
+    handle: &Handle,
+    layer: &Layer,
+    file: Rc<dyn Storage>,
+    data: Option<Rc<dyn Storage>>,
+    settings: Settings,
+) -> Result<Rc<dyn Image>, ImageError> {
     Ok(match layer.header.clone() {
         Header::Raw { .. } => Rc::new(Raw::new(file)),
         Header::Qcow(header) => Rc::new(Qcow::open(handle, *header, file, settings).await?),
@@ -100,5 +122,22 @@ fn share(cache: usize, depth: usize, count: usize) -> usize {
         (_, 0, 1) => cache,
         (_, 0, _) => cache / 2,
         (_, _, count) => (cache / 2 / (count - 1)).max(CACHE_MIN),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_for_tables_is_shared_and_half_of_it_is_the_tops() {
+        assert_eq!(share(0, 0, 3), 0);
+        assert_eq!(share(64 << 20, 0, 1), 64 << 20);
+        for count in [2, 3, 30] {
+            let all: usize = (0..count).map(|depth| share(64 << 20, depth, count)).sum();
+            assert!((63 << 20..=64 << 20).contains(&all), "{count}: {all}");
+            assert_eq!(share(64 << 20, 0, count), 32 << 20);
+        }
+        assert_eq!(share(1 << 20, 5, 100), CACHE_MIN);
     }
 }

@@ -31,7 +31,7 @@ pub struct Options {
     pub allowed: Vec<PathBuf>,
     /// Whether what was answered must be there after the death of this process: see [`Settings`](crate::Settings).
     pub lasting: bool,
-    /// What is put over the storage of its file, below its format.
+    /// What is put over the storage of its file, below its format, once that is known.
     pub filter: Option<Filter>,
 }
 
@@ -74,6 +74,15 @@ pub struct Layer {
     pub data: Option<Held>,
 }
 
+impl Layer {
+    /// The error of a sync of one of its files that failed in a process before this one. A raw image is poisoned by its file
+    /// itself.
+    pub(crate) fn poison(&self) -> Option<Error> {
+        let mut files = std::iter::once(&self.file).chain(&self.data);
+        files.find_map(|held| held.poison.clone()).filter(|_| self.header.format() != Format::Raw)
+    }
+}
+
 /// What a file is, whatever it is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Identity {
@@ -106,13 +115,22 @@ impl fmt::Display for Role {
 /// The first file that cannot be opened, may not be opened or makes no sense, and who names it.
 pub async fn walk(handle: &Handle, path: &Path, options: &mut Options) -> Result<Vec<Layer>, ImageError> {
     let mut top = hold(handle, path, &options.file).await.map_err(|error| refused(&error))?;
+    // The page cache shows what the disk does not hold, so that not even a header is to be had from there.
+    let unreadable = top.record.clone().filter(|_| top.poison.is_some() && top.direct.is_none());
+    let unreadable = &|error: ImageError| match &unreadable {
+        None => error,
+        Some(record) => ImageError::Refused(format!(
+            "{error}. Look at the image with --cache direct. If nothing of what guests were told matters any more, remove {}",
+            record.path().display()
+        )),
+    };
+    let format = format_of_top(&top, options).await.map_err(unreadable)?;
     if let Some(filter) = options.filter.take() {
         top.storage = filter(top.storage);
     }
-    let format = format_of_top(&top, options).await?;
     let allowed = Allowed::new(path, top.is_block_device, &options.allowed)?;
     let mut walk = Walk { handle, options, allowed, layers: Vec::new() };
-    walk.take(top, format).await?;
+    walk.take(top, format).await.map_err(unreadable)?;
     while let Some(backing) = walk.next()? {
         let (file, format) = walk.backing(&backing).await?;
         walk.take(file, format).await?;
@@ -345,18 +363,23 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
     if file.created {
         return Ok(Format::Raw);
     }
-    let (look, path) = (look(file).await?, file.path.display());
+    let (look, path) = (look(file).await, file.path.display());
     if probe::is_raw_by_name(&file.path, file.is_block_device) {
-        if look != Look::Nothing {
-            let looks = described(look);
-            tracing::warn!(
-                image = %path, looks,
-                "taken for raw, as its name or kind says, whatever a guest has written to it; --format says otherwise"
-            );
+        match look {
+            Ok(Look::Nothing) => {}
+            Ok(look) => {
+                let looks = described(look);
+                tracing::warn!(
+                    image = %path, looks,
+                    "taken for raw, as its name or kind says, whatever a guest has written to it; --format says otherwise"
+                );
+            }
+            // What it looks like is of no importance.
+            Err(error) => tracing::debug!(image = %path, %error, "it cannot be looked at"),
         }
         return Ok(Format::Raw);
     }
-    match look {
+    match look? {
         // It may be a disk that was made in this way, and then written by its guest.
         Look::Of(format) if options.file.create.is_some() => Err(ImageError::Refused(format!(
             "{path} is there already and looks like {format}, but `--create` makes raw images: --format raw or --format \
@@ -364,7 +387,7 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         ))),
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
-        Look::Nothing | Look::Foreign(_) => Err(ImageError::Refused(format!(
+        look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
             "{path} {}: --format raw serves its bytes as they are",
             described(look)
         ))),
@@ -439,272 +462,4 @@ fn hex(id: &[u8; 16]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::process::Command;
-
-    use super::*;
-
-    /// A folder with images that qemu-img makes.
-    struct Folder(tempfile::TempDir);
-
-    impl Folder {
-        fn new() -> Folder {
-            Folder(tempfile::tempdir().unwrap())
-        }
-
-        fn path(&self, name: &str) -> PathBuf {
-            self.0.path().join(name)
-        }
-
-        fn raw(&self, name: &str) {
-            File::create(self.path(name)).unwrap().set_len(1 << 20).unwrap();
-        }
-
-        /// An image over another, whose name and format it has as given.
-        fn over(&self, name: &str, backing: &str, format: Option<&str>) {
-            let words = ["-f", "qcow2", "-o", "cluster_size=512", "-u", "-b", backing];
-            self.make(&words, Some(format.unwrap_or("raw")), name);
-            if format.is_none() {
-                // qemu-img insists on one. The type of the header extension with the format becomes one that nobody knows.
-                let mut bytes = std::fs::read(self.path(name)).unwrap();
-                let at = bytes.windows(4).position(|bytes| bytes == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
-                bytes[at..at + 4].copy_from_slice(b"none");
-                std::fs::write(self.path(name), bytes).unwrap();
-            }
-        }
-
-        fn make(&self, words: &[&str], backing_format: Option<&str>, name: &str) {
-            let mut command = Command::new("qemu-img");
-            command.args(["create", "-q"]).args(words);
-            if let Some(format) = backing_format {
-                command.args(["-F", format]);
-            }
-            let output = command.arg(self.path(name)).arg("1M").output().unwrap();
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        }
-
-        /// The names of files from the top down with their formats, or why not.
-        fn walk(&self, name: &str, change: impl FnOnce(&mut Options)) -> Result<Vec<String>, String> {
-            let file = file::Options {
-                read_only: true,
-                wait: std::time::Duration::ZERO,
-                ..file::Options::default()
-            };
-            let mut options = Options { file, ..Options::default() };
-            change(&mut options);
-            // One of its own: with it all files are closed again.
-            let pool = block::Pool::new(4096);
-            let uring = runtime::Uring::open(runtime::RingFlags::Auto, &pool).unwrap();
-            let runtime = runtime::Runtime::new(Box::new(uring), pool);
-            let (handle, path) = (runtime.handle().clone(), self.path(name));
-            let layers = runtime.block_on(async move { walk(&handle, &path, &mut options).await });
-            let named = |file: &Held| file.path.file_name().unwrap().to_str().unwrap().to_owned();
-            let layers = layers.map_err(|error| error.to_string())?.into_iter().map(|layer| {
-                let data = layer.data.iter().map(|data| format!(" with {}", named(data)));
-                format!("{} {}{}", named(&layer.file), layer.header.format(), data.collect::<String>())
-            });
-            Ok(layers.collect())
-        }
-
-        #[track_caller]
-        fn refused(&self, name: &str, change: impl FnOnce(&mut Options), words: &[&str]) {
-            let error = self.walk(name, change).unwrap_err();
-            for words in words {
-                assert!(error.contains(words), "no {words:?} in {error}");
-            }
-        }
-    }
-
-    fn plain(_options: &mut Options) {}
-
-    #[test]
-    fn a_chain_is_followed_from_the_top_down() {
-        let folder = Folder::new();
-        folder.raw("base.raw");
-        folder.over("middle.qcow2", "base.raw", Some("raw"));
-        // Without a format of the one below, and with a name that is a link.
-        std::os::unix::fs::symlink("middle.qcow2", folder.path("link")).unwrap();
-        folder.over("top", "link", None);
-        let expected = ["top qcow2", "link qcow2", "base.raw raw"];
-        assert_eq!(folder.walk("top", plain).unwrap(), expected);
-        assert_eq!(folder.walk("top", |options| options.no_backing = true).unwrap(), ["top qcow2"]);
-        let writable = |options: &mut Options| options.file.read_only = false;
-        assert_eq!(folder.walk("top", writable).unwrap(), expected);
-        let alone = |options: &mut Options| (options.file.read_only, options.no_backing) = (false, true);
-        folder.refused("top", alone, &["top has the backing file \"link\"", "--read-only"]);
-        assert_eq!(folder.walk("base.raw", alone).unwrap(), ["base.raw raw"]);
-    }
-
-    #[test]
-    fn the_format_is_what_is_asked_for_or_what_name_and_header_say_together() {
-        let folder = Folder::new();
-        folder.make(&["-f", "qcow2"], None, "disk");
-        for name in ["disk.img", "disk.raw", "disk.qcow2"] {
-            std::fs::copy(folder.path("disk"), folder.path(name)).unwrap();
-        }
-        folder.raw("zeroes");
-        folder.make(&["-f", "vmdk"], None, "disk.vmdk");
-        // A guest may have written the header.
-        assert_eq!(folder.walk("disk.img", plain).unwrap(), ["disk.img raw"]);
-        assert_eq!(folder.walk("disk.raw", plain).unwrap(), ["disk.raw raw"]);
-        assert_eq!(folder.walk("disk", plain).unwrap(), ["disk qcow2"]);
-        let asked = |format| move |options: &mut Options| options.format = Some(format);
-        assert_eq!(folder.walk("disk.img", asked(Format::Qcow2)).unwrap(), ["disk.img qcow2"]);
-        assert_eq!(folder.walk("disk.qcow2", asked(Format::Raw)).unwrap(), ["disk.qcow2 raw"]);
-        folder.refused("zeroes", plain, &["zeroes begins like no image", "--format raw"]);
-        folder.refused("zeroes", asked(Format::Qcow2), &["zeroes", "no qcow2 image"]);
-        folder.refused("disk.vmdk", plain, &["VMDK", "not known here", "--format raw"]);
-        // `--create` means raw, unless what is there looks otherwise.
-        let create = |options: &mut Options| {
-            options.file.read_only = false;
-            options.file.create = Some(1 << 20);
-        };
-        assert_eq!(folder.walk("zeroes", create).unwrap(), ["zeroes raw"]);
-        assert_eq!(folder.walk("new", create).unwrap(), ["new raw"]);
-        folder.refused("disk", create, &["looks like qcow2", "--format raw or --format qcow2"]);
-    }
-
-    #[test]
-    fn the_format_of_a_backing_file_is_what_the_image_says_and_is_never_assumed() {
-        let folder = Folder::new();
-        folder.raw("base.img");
-        folder.raw("base");
-        folder.make(&["-f", "qcow2"], None, "inner.img");
-        for (backing, format, expected) in [
-            ("base.img", None, Ok("base.img raw")),
-            ("base", Some("raw"), Ok("base raw")),
-            ("base", None, Err("its name has to end in .raw or .img")),
-            ("inner.img", Some("raw"), Ok("inner.img raw")),
-            ("inner.img", Some("qcow2"), Ok("inner.img qcow2")),
-            ("inner.img", None, Err("its name says raw, but it begins like an image of the format qcow2")),
-            ("base", Some("vmdk"), Err("whose format it calls \"vmdk\"")),
-        ] {
-            folder.over("top.qcow2", backing, format);
-            match expected {
-                Ok(expected) => assert_eq!(folder.walk("top.qcow2", plain).unwrap()[1..], [expected]),
-                Err(words) => {
-                    folder.refused("top.qcow2", plain, &["top.qcow2 names the backing file", words])
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_hostile_image_opens_nothing_but_its_neighbours() {
-        let folder = Folder::new();
-        std::os::unix::fs::symlink("/etc/passwd", folder.path("innocent.raw")).unwrap();
-        std::fs::create_dir(folder.path("elsewhere")).unwrap();
-        for (name, words) in [
-            ("/etc/passwd", "which is /etc/passwd: images may name files"),
-            ("../../../../../etc/passwd", "which is /etc/passwd: images may name files"),
-            ("innocent.raw", "which is /etc/passwd: images may name files"),
-            ("/proc/self/environ", "--allow-folder /proc/"),
-            ("/dev/zero", "--allow-folder /dev"),
-            ("elsewhere", "a directory"),
-            ("nbd://localhost/disk", "which is no path"),
-            ("json:{\"driver\":\"file\",\"filename\":\"/etc/passwd\"}", "which is no path"),
-            ("missing.raw", "missing.raw does not exist"),
-        ] {
-            folder.over("top.qcow2", name, Some("raw"));
-            folder.refused("top.qcow2", plain, &["top.qcow2 names the backing file", words]);
-            assert_eq!(
-                folder.walk("top.qcow2", |options| options.no_backing = true).unwrap(),
-                ["top.qcow2 qcow2"]
-            );
-        }
-        folder.over("top.qcow2", "/etc/passwd", Some("raw"));
-        let allow = |options: &mut Options| options.allowed = vec!["/etc".into()];
-        assert_eq!(folder.walk("top.qcow2", allow).unwrap(), ["top.qcow2 qcow2", "passwd raw"]);
-        // Each image of a chain is held to the same.
-        folder.over("over.qcow2", "top.qcow2", Some("qcow2"));
-        folder.refused("over.qcow2", plain, &["/top.qcow2 names the backing file \"/etc/passwd\""]);
-    }
-
-    #[test]
-    fn data_files_are_held_to_the_same_as_backing_files() {
-        let folder = Folder::new();
-        let make = |data: &str| {
-            let (at, words) =
-                (folder.path("data.raw"), format!("data_file={}", folder.path("data.raw").display()));
-            folder.make(&["-f", "qcow2", "-o", &words], None, "top.qcow2");
-            assert!(at.exists());
-            let words = ["amend", "-f", "qcow2", "-o", &format!("data_file={data}")];
-            let output = Command::new("qemu-img").args(words).arg(folder.path("top.qcow2")).output().unwrap();
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        };
-        make("data.raw");
-        assert_eq!(folder.walk("top.qcow2", plain).unwrap(), ["top.qcow2 qcow2 with data.raw"]);
-        assert_eq!(
-            folder.walk("top.qcow2", |options| options.file.read_only = false).unwrap(),
-            ["top.qcow2 qcow2 with data.raw"]
-        );
-        make("/etc/passwd");
-        folder.refused("top.qcow2", plain, &["names the data file \"/etc/passwd\"", "--allow-folder /etc"]);
-        make("top.qcow2");
-        folder.refused("top.qcow2", plain, &["names the data file \"top.qcow2\"", "in use above it"]);
-    }
-
-    #[test]
-    fn loops_are_found_and_depth_is_bounded() {
-        let folder = Folder::new();
-        folder.over("self.qcow2", "self.qcow2", Some("qcow2"));
-        folder.refused("self.qcow2", plain, &["names the backing file \"self.qcow2\"", "a loop"]);
-        folder.over("a.qcow2", "b.qcow2", Some("qcow2"));
-        folder.over("b.qcow2", "c.qcow2", Some("qcow2"));
-        // By another name of the first.
-        std::fs::hard_link(folder.path("a.qcow2"), folder.path("again.qcow2")).unwrap();
-        folder.over("c.qcow2", "again.qcow2", Some("qcow2"));
-        folder.refused(
-            "a.qcow2",
-            plain,
-            &["c.qcow2 names the backing file \"again.qcow2\"", "a.qcow2: that is in use"],
-        );
-        folder.refused("a.qcow2", |options| options.file.read_only = false, &["a loop"]);
-
-        folder.raw("0.raw");
-        folder.over("1", "0.raw", Some("raw"));
-        let one = std::fs::read(folder.path("1")).unwrap();
-        let name = one.windows(5).rposition(|bytes| bytes == b"0.raw").unwrap();
-        let format = one.windows(3).position(|bytes| bytes == b"raw").unwrap();
-        for number in 2..=DEPTH_MAX {
-            // What qemu-img made, with another name and format in it.
-            let (mut bytes, below) = (one.clone(), format!("{:05}", number - 1));
-            bytes[name..name + 5].copy_from_slice(below.as_bytes());
-            bytes[format - 4..format + 5].copy_from_slice(b"\0\0\0\x05qcow2");
-            std::fs::write(folder.path(&format!("{number:05}")), bytes).unwrap();
-        }
-        std::fs::rename(folder.path("1"), folder.path("00001")).unwrap();
-        let longest = format!("{:05}", DEPTH_MAX - 1);
-        assert_eq!(folder.walk(&longest, plain).unwrap().len(), DEPTH_MAX);
-        let longer = format!("{DEPTH_MAX:05}");
-        folder.refused(
-            &longer,
-            plain,
-            &["00001 has the backing file \"0.raw\"", "image 201 of a chain: 200"],
-        );
-    }
-
-    #[test]
-    fn files_that_are_in_use_are_told_with_who_names_them() {
-        let folder = Folder::new();
-        folder.raw("base.raw");
-        folder.over("top.qcow2", "base.raw", Some("raw"));
-        let writing = file::open(&folder.path("base.raw"), &file::Options::default()).unwrap();
-        folder.refused(
-            "top.qcow2",
-            plain,
-            &["names the backing file \"base.raw\"", "is in use by", "written by nobody"],
-        );
-        drop(writing);
-        let held = file::Options { read_only: true, ..file::Options::default() };
-        let reading = file::open(&folder.path("base.raw"), &held).unwrap();
-        assert_eq!(folder.walk("top.qcow2", plain).unwrap().len(), 2);
-        folder.refused(
-            "base.raw",
-            |options| options.file.read_only = false,
-            &["is in use by", "only reads it"],
-        );
-        drop(reading);
-    }
-}
+mod tests;

@@ -185,6 +185,8 @@ const EXAMPLES: &str = "\
 Examples:
   A new sparse disk of 1 GiB, on a socket that is named in the output:
       tapdisk serve disk.raw --create 1G
+  An image that stands on others, which are elsewhere:
+      tapdisk serve web.qcow2 --allow-folder /srv/bases
   A volume, on a socket of a given name; requests that find it full wait for space:
       tapdisk serve /dev/vg/guest --nbd unix:/run/guest.sock --on-enospc hold
   A disk for a QEMU guest, by vhost-user:

@@ -38,7 +38,7 @@ use blocks::Blocks;
 pub use ledger::{Change, Ledger};
 pub use ledger_file::LedgerFile;
 use pins::Pins;
-pub use units::{Lock, Lock as UnitLock, Units};
+pub use units::{Lock as UnitLock, Units};
 
 /// Memory for metadata, in bytes, if nobody says: enough for the tables of 256 GiB in clusters of 64 KiB.
 const CACHE: usize = 32 << 20;

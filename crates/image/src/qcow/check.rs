@@ -252,24 +252,40 @@ impl Check<'_> {
     }
 
     async fn unused(&mut self, span: Span, may_repair: bool) -> Result<(), ImageError> {
-        let cluster = self.geometry.cluster();
         let mut rest = span;
         while !rest.is_empty() {
             let runs = match self.file.extents(rest).await {
                 Ok(runs) => runs,
                 Err(error) => return self.unread(rest, &error),
             };
-            let Some(run) = runs.first().filter(|run| run.len > 0) else { return Ok(()) };
-            // Whole clusters, so that none is counted twice.
-            let run_end = rest.at() + run.len.min(rest.len());
-            let zero_end = if run_end < rest.end() { run_end - run_end % cluster } else { run_end };
-            if run.zero && zero_end > rest.at() {
-                rest = rest.split_at(zero_end).1;
-                continue;
+            let (before, mut end) = (rest, rest.at());
+            for run in runs {
+                end = end.saturating_add(run.len);
+                rest = self.unused_run(rest, end, run.zero, may_repair).await?;
             }
-            let most = if run.zero { cluster } else { run.len.min(PIECE) };
-            let (piece, others) = rest.split_at((rest.at() + most).next_multiple_of(cluster));
-            rest = others;
+            if rest == before {
+                // Less than a cluster is known to be zero.
+                rest = self.unused_run(rest, rest.at() + 1, false, may_repair).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at the bytes from the beginning of `rest` to `end`, in whole clusters, so that none is counted twice; gives
+    /// what is left.
+    async fn unused_run(
+        &mut self,
+        rest: Span,
+        end: u64,
+        zero: bool,
+        may_repair: bool,
+    ) -> Result<Span, ImageError> {
+        let cluster = self.geometry.cluster();
+        let end = if zero && end < rest.end() { end - end % cluster } else { end.next_multiple_of(cluster) };
+        let (mut run, rest) = rest.split_at(end);
+        while !run.is_empty() && !zero {
+            let (piece, others) = run.split_at((run.at() + PIECE).next_multiple_of(cluster));
+            run = others;
             let mut bytes = vec![0; piece.len() as usize];
             if let Err(error) = read_exactly(self.file, piece.at(), &mut bytes).await {
                 self.unread(piece, &error)?;
@@ -284,7 +300,7 @@ impl Check<'_> {
                 self.report.leaks += leaks;
             }
         }
-        Ok(())
+        Ok(rest)
     }
 
     fn unread(&mut self, span: Span, error: &block::Error) -> Result<(), ImageError> {

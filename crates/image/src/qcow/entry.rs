@@ -30,7 +30,7 @@ pub(super) enum Entry {
     Empty,
     /// It is at this byte.
     Data(u64),
-    /// It is compressed to the bytes of this span, which may reach beyond the end of the file.
+    /// It is compressed to the bytes of this span, which may reach beyond the end of the file, within a cluster.
     Packed(Span),
 }
 
@@ -115,12 +115,15 @@ impl Geometry {
             () if len == 0 => Err(Nonsense::NoBytes),
             () if at < self.header_len => Err(Nonsense::Header),
             () if at >= file_len => Err(Nonsense::Beyond),
+            // As with others: new clusters go there.
+            () if packed.end() > file_len.next_multiple_of(self.cluster()) => Err(Nonsense::Beyond),
             () => Ok(Entry::Packed(packed)),
         }
     }
 
     /// Whether a cluster or a table can be there. All programs that write the format put them at multiples of a
-    /// cluster. A last cluster need not be there as a whole: its end is zero then.
+    /// cluster. The file's last cluster need not be there as a whole: its end is zero then. But nothing has clusters
+    /// that are not there at all, for that is where new ones go.
     fn judge(self, place: Span, file_len: u64) -> Result<(), Nonsense> {
         let cluster = self.cluster();
         let l1 = self.l1_span();
@@ -128,7 +131,7 @@ impl Geometry {
             () if !place.at().is_multiple_of(cluster) => Err(Nonsense::Misaligned),
             () if place.at() < self.header_len => Err(Nonsense::Header),
             () if place.overlaps(l1) => Err(Nonsense::L1),
-            () if place.at() >= file_len => Err(Nonsense::Beyond),
+            () if place.end() > file_len.next_multiple_of(cluster) => Err(Nonsense::Beyond),
             () => Ok(()),
         }
     }

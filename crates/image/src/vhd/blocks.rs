@@ -43,6 +43,8 @@ pub(super) struct Blocks {
     pub(super) next: Cell<u64>,
     /// Byte after the last one that a block can have: where the footer is, in an image that is written.
     pub(super) limit: Cell<u64>,
+    /// Whether the end was moved, and is to be tidied up at last.
+    pub(super) has_grown: Cell<bool>,
     /// Places that were given back, by the byte where the bitmap would be.
     pub(super) spare: RefCell<Vec<u64>>,
     pub(super) footer: RefCell<Footer>,
@@ -76,6 +78,7 @@ impl Blocks {
             growing: Permits::new(1),
             next: Cell::new(0),
             limit: Cell::new(0),
+            has_grown: Cell::new(false),
             spare: RefCell::default(),
             footer: RefCell::new(header.footer),
         };
@@ -93,13 +96,18 @@ impl Blocks {
         sparse: &Sparse,
     ) -> std::result::Result<(), ImageError> {
         let file = self.file().clone();
-        self.table_at.set(sparse.second.table_at.get());
+        if self.table_at.replace(sparse.second.table_at.get()) != sparse.second.table_at.get() {
+            // A table that has moved may lie over them.
+            self.spare.borrow_mut().clear();
+        }
         self.count.set(sparse.blocks);
         self.full.borrow_mut().resize((sparse.blocks as usize).div_ceil(64), 0);
         *self.footer.borrow_mut() = header.footer;
         let end = header.footer_at.unwrap_or(file.size());
         let last = self.judge(sparse, end).await?;
         let next = last.map_or(0, |last| last + self.whole()).max(sparse.taken_until());
+        // Places that were given away and are not in the table yet are behind those that are.
+        let next = next.max(self.next.get());
         self.next.set(next);
         self.limit.set(end);
         if self.writable {
@@ -126,34 +134,31 @@ impl Blocks {
     /// begins.
     async fn judge(&self, sparse: &Sparse, end: u64) -> std::result::Result<Option<u64>, ImageError> {
         let len = u64::from(self.count.get()) * 4;
-        let mut places: Vec<(u32, u32)> = Vec::new();
+        let mut places: Vec<u32> = Vec::new();
+        let mut problem = None;
         for from in (0..len).step_by(TABLE_STEP as usize) {
             let part =
                 Span::new(self.table_at.get() + from, TABLE_STEP.min(len - from)).expect("within the file");
             let _loaded = self.metadata.load(part, STAGE).await?;
-            let numbers = from / 4..(from + part.len()) / 4;
-            let entries = numbers.filter_map(|number| Some((self.entry(number)?, number as u32)));
-            places.extend(entries.filter(|(entry, _)| *entry != UNUSED));
+            for block in from / 4..(from + part.len()) / 4 {
+                let entry = self.entry(block).expect("just loaded");
+                if entry == UNUSED {
+                    continue;
+                }
+                let place = Span::new(u64::from(entry) * SECTOR, self.whole()).expect("below 2^42");
+                match sparse.taken.iter().find(|taken| taken.overlaps(place)) {
+                    Some(taken) => {
+                        problem = Some(format!("block {block} is at {place:?}, over metadata at {taken:?}"));
+                    }
+                    None => places.push(entry),
+                }
+            }
         }
         places.sort_unstable();
-        let mut problem = None;
-        for (entry, block) in &places {
-            let place = Span::new(u64::from(*entry) * SECTOR, self.whole()).expect("below 2^42");
-            if let Some(taken) = sparse.taken.iter().find(|taken| taken.overlaps(place)) {
-                problem = Some(format!("block {block} is at {place:?}, over metadata at {taken:?}"));
-                break;
-            }
-        }
-        for pair in places.windows(2) {
-            let [(one, block), (other, other_block)] = pair else { continue };
-            if u64::from(other - one) * SECTOR < self.whole() {
-                problem = Some(format!(
-                    "block {other_block} at {} lies over block {block} at {}",
-                    u64::from(*other) * SECTOR,
-                    u64::from(*one) * SECTOR
-                ));
-                break;
-            }
+        let is_over = |pair: &&[u32]| u64::from(pair[1] - pair[0]) * SECTOR < self.whole();
+        if let Some(pair) = places.windows(2).find(is_over) {
+            let [one, other] = [pair[0], pair[1]].map(|entry| u64::from(entry) * SECTOR);
+            problem = Some(format!("a block at {other} lies over one at {one}"));
         }
         if let Some(problem) = problem {
             if self.writable {
@@ -163,24 +168,19 @@ impl Blocks {
             }
             tracing::warn!("the table of an image makes no sense: {problem}");
         }
+        let places = places.into_iter().map(|entry| u64::from(entry) * SECTOR);
+        let last = places.clone().next_back();
         // Only the last block may be one that was given a place and nothing else.
-        let all_but_last = places.len().saturating_sub(1);
-        let is_beyond = |number: usize, at: u64| {
-            if number < all_but_last { at + self.whole() > end } else { at > end + SLACK }
-        };
-        let beyond = places
-            .iter()
-            .enumerate()
-            .find(|(number, (entry, _))| is_beyond(*number, u64::from(*entry) * SECTOR));
-        if let Some((_, (entry, block))) = beyond {
+        let is_beyond =
+            |at: &u64| if Some(*at) == last { *at > end + SLACK } else { at + self.whole() > end };
+        if let Some(at) = places.into_iter().find(is_beyond) {
             return Err(ImageError::Invalid(format!(
-                "block {block} is at {}, with {} bytes, but the file's blocks end at {end}: the file was cut off. A check \
-                 that repairs all drops what is lost",
-                u64::from(*entry) * SECTOR,
+                "a block is at {at}, with {} bytes, but the file's blocks end at {end}: the file was cut off. A check that \
+                 repairs all drops what is lost",
                 self.whole()
             )));
         }
-        Ok(places.last().map(|(entry, _)| u64::from(*entry) * SECTOR))
+        Ok(last)
     }
 
     /// Sees to it that there is a footer behind the last block. It is no error if there cannot be: the copy at 0 is there.

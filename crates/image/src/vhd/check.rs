@@ -9,8 +9,12 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::SECTOR;
 use super::blocks::ALIGN;
 use super::create::write;
+use super::footer::{Footer, Subformat};
 use super::header::{Footers, Header, SECOND, SECOND_COOKIE, Second, Sparse, UNUSED, read};
 use crate::{ImageError, Repair, Report};
+
+/// Bytes that are looked through at a time.
+const STEP: u64 = 1 << 20;
 
 /// Checks an image, and puts right what it may.
 ///
@@ -21,6 +25,9 @@ use crate::{ImageError, Repair, Report};
 /// What is no image, or one whose header cannot be read; those of the file.
 pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
     let mut report = Report::default();
+    if repair != Repair::No {
+        find_footer(file, &mut report).await?;
+    }
     if repair == Repair::All {
         seal_second(file, &mut report).await?;
     }
@@ -40,6 +47,43 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
         file.flush().await?;
     }
     Ok(check.report)
+}
+
+/// Looks for the footer of a fixed image that was being made larger when something ended that: it is before the zeroes that
+/// were added. The file ends behind it then, as it did before.
+async fn find_footer(file: &Rc<dyn Storage>, report: &mut Report) -> Result<(), ImageError> {
+    let footers = Footers::read(file).await?;
+    if footers.judge(&mut Vec::new()).is_ok() {
+        return Ok(());
+    }
+    let mut end = file.size().next_multiple_of(SECTOR);
+    while end > 0 {
+        let start = end.saturating_sub(STEP);
+        let mut bytes = read(file, start, end.min(file.size()) - start).await?;
+        bytes.resize((end - start) as usize, 0);
+        let Some(sector) =
+            bytes.chunks_exact(SECTOR as usize).rposition(|sector| sector.iter().any(|byte| *byte != 0))
+        else {
+            end = start;
+            continue;
+        };
+        let at = start + sector as u64 * SECTOR;
+        let found = bytes[sector * SECTOR as usize..].first_chunk().map(Footer::parse);
+        let is_fixed = |footer: &Footer| footer.subformat() == Some(Subformat::Fixed);
+        if let Some(Ok(footer)) = found
+            && is_fixed(&footer)
+            && footer.disk_sectors() <= at / SECTOR
+        {
+            file.resize(at + SECTOR).await?;
+            if file.size() != at + SECTOR {
+                write(file, file.size() - SECTOR, &footer.bytes()).await?;
+            }
+            report.leaks_fixed += 1;
+            report.note(|| format!("the footer was found at {at}, with nothing but zeroes behind it: it is the last sector again"));
+        }
+        return Ok(());
+    }
+    Ok(())
 }
 
 /// Seals a second header whose checksum is wrong and which makes sense otherwise.

@@ -13,7 +13,7 @@ use super::batmap::Batmap;
 use super::blocks::ALIGN;
 use super::footer::{self, Footer, Subformat};
 use super::geometry::Geometry;
-use super::header::{Locator, SECOND, SECOND_COOKIE, Second, UNUSED, bitmap_len};
+use super::header::{Locator, SECOND, SECOND_COOKIE, Second, UNUSED, bitmap_len, check_blocks};
 use super::locators::{self, Platform};
 use super::{SECTOR, SECTORS_MAX};
 use crate::ImageError;
@@ -210,20 +210,25 @@ async fn create_fixed(
 ) -> Result<(), ImageError> {
     let is_device = file.size() > 0;
     lengthen(file, size + SECTOR).await?;
-    let disk = Span::new(0, size).expect("at most 2040 GiB");
-    if is_device && !disk.is_empty() {
-        file.zero(disk, Zeroing { unmap: options.preallocation == Preallocation::Off, fast: false }).await?;
-    } else {
-        reserve(file, options.preallocation, disk).await?;
-    }
+    reserve(file, options.preallocation, Span::new(0, size).expect("at most 2040 GiB"), is_device).await?;
     Ok(write(file, file.size() - SECTOR, &footer.bytes()).await?)
 }
 
-/// Reserves space for bytes that read as zero.
-async fn reserve(file: &Rc<dyn Storage>, how: Preallocation, span: Span) -> Result<(), ImageError> {
+/// Makes bytes zero, which are that already unless this is a block device, and reserves space for them.
+async fn reserve(
+    file: &Rc<dyn Storage>,
+    how: Preallocation,
+    span: Span,
+    is_device: bool,
+) -> Result<(), ImageError> {
+    if span.is_empty() {
+        return Ok(());
+    }
     match how {
+        Preallocation::Off | Preallocation::Metadata if is_device => {
+            file.zero(span, Zeroing { unmap: true, fast: false }).await?
+        }
         Preallocation::Off | Preallocation::Metadata => {}
-        Preallocation::Falloc if span.is_empty() => {}
         Preallocation::Falloc => file.zero(span, Zeroing { unmap: false, fast: false }).await?,
         Preallocation::Full => {
             let zeroes = Buf::zeroed(STEP);
@@ -245,10 +250,7 @@ async fn create_sparse(
     size: u64,
 ) -> Result<(), ImageError> {
     let block = u64::from(options.block);
-    let count = size.div_ceil(block);
-    let entries = u32::try_from(count).ok().filter(|entries| *entries < UNUSED).ok_or_else(|| {
-        ImageError::Refused(format!("a disk of {size} bytes in blocks of {block}: the blocks are too many"))
-    })?;
+    let entries = check_blocks(size, options.block)?;
     let table_at = SECTOR + SECOND;
     let table_end = table_at + (u64::from(entries) * 4).next_multiple_of(SECTOR);
     let batmap = Batmap::new(table_end, entries);
@@ -268,9 +270,9 @@ async fn create_sparse(
         reserved_too: [0; 256],
     };
     let mut end = batmap.at.get() + batmap.len();
+    let is_device = file.size() > 0;
     lengthen(file, end).await?;
-    if file.size() > end {
-        // A block device.
+    if is_device {
         let head = Span::new(0, end).expect("small");
         file.zero(head, Zeroing { unmap: true, fast: false }).await?;
     }
@@ -292,7 +294,7 @@ async fn create_sparse(
             let at = u64::from(*place) * SECTOR;
             write(file, at, &bitmap).await?;
             let data = Span::new(at + bitmap.len() as u64, block).expect("below 2^42");
-            reserve(file, options.preallocation, data).await?;
+            reserve(file, options.preallocation, data, is_device).await?;
         }
     }
     write(file, SECTOR, second.as_bytes()).await?;

@@ -16,9 +16,9 @@ use crate::{Backing, Format, ImageError};
 
 /// Bytes of the second header.
 pub(super) const SECOND: u64 = 1024;
-/// Blocks of a disk; the table of so many has 64 MiB. Images of 2040 GiB have as many with blocks of 128 KiB; real ones
-/// have blocks of 512 KiB or 2 MiB.
-const BLOCKS_MAX: u64 = 1 << 24;
+/// Blocks of a disk, which bounds the memory for its table: 2040 GiB in blocks of 512 KiB. Real images have these, or
+/// blocks of 2 MiB.
+const BLOCKS_MAX: u64 = 1 << 22;
 /// An entry of the table without a block.
 pub(super) const UNUSED: u32 = u32::MAX;
 
@@ -197,7 +197,7 @@ impl Footers {
             ))),
             (Err(flaw), _) => Err(invalid(format!(
                 "this is no VHD, or a damaged one: a footer was expected at {at}, where {flaw}; and a copy of it at 0, \
-                 where {}",
+                 where {}. If it is a fixed one that was being made larger, a check with repair finds the footer",
                 match &self.copy {
                     Ok(_) => "there is one of a fixed image, which has none there".to_owned(),
                     Err(flaw) => flaw.to_string(),
@@ -442,12 +442,7 @@ fn judge_second(second: &Second, span: Span, size: u64, file: u64) -> Result<(u3
             second.entries.get()
         )));
     }
-    if blocks > BLOCKS_MAX {
-        return Err(ImageError::Unsupported(format!(
-            "the disk has {blocks} blocks of {block} bytes each: at most {BLOCKS_MAX} are supported. Convert the image to \
-             one with larger blocks"
-        )));
-    }
+    let blocks = check_blocks(size, block)?;
     let table_at = second.table_at.get();
     let table = Span::new(table_at, second.table_len()).filter(|table| {
         table_at >= SECTOR
@@ -462,6 +457,21 @@ fn judge_second(second: &Second, span: Span, size: u64, file: u64) -> Result<(u3
             second.entries.get()
         ))
     })?;
-    // At most 2^24.
-    Ok((blocks as u32, table))
+    Ok((blocks, table))
+}
+
+/// How many blocks a disk of so many bytes has.
+///
+/// # Errors
+/// More than are supported.
+pub(super) fn check_blocks(size: u64, block: u32) -> Result<u32, ImageError> {
+    let blocks = size.div_ceil(u64::from(block));
+    if blocks > BLOCKS_MAX {
+        return Err(ImageError::Unsupported(format!(
+            "a disk of {size} bytes has {blocks} blocks of {block} bytes: at most {BLOCKS_MAX} are supported. An image with \
+             larger blocks can have it"
+        )));
+    }
+    // At most 2^22.
+    Ok(blocks as u32)
 }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use block::{Errno, Error, Result, Span};
+use block::{Errno, Error, Limits, Result, Span};
 use runtime::Handle;
 use storage::{Io, Storage, Zeroing};
 
@@ -59,7 +59,16 @@ impl Vhd {
         Ok(Vhd { storage: file, size: header.size().into(), blocks, writable, lasting })
     }
 
+    fn check_writable(&self) -> Result<()> {
+        if self.writable {
+            Ok(())
+        } else {
+            Err(Error::new(Errno::EROFS, "change an image that is only read"))
+        }
+    }
+
     async fn resize_to(&self, bytes: u64) -> Result<()> {
+        self.check_writable()?;
         let told = |error: ImageError| {
             let errno = error.errno();
             match error {
@@ -98,7 +107,9 @@ impl Vhd {
     /// Leaves no space at the end that nothing uses.
     async fn trim(&self, blocks: &Blocks) -> Result<()> {
         let next = blocks.give_back();
-        if blocks.limit.get() == next && self.storage.size() == next + SECTOR {
+        let is_tidy = blocks.limit.get() == next && self.storage.size() == next + SECTOR;
+        // Space at the end that was there before is somebody's wish.
+        if is_tidy || !blocks.has_grown.get() {
             return Ok(());
         }
         // The footer goes with the end; its copy at 0 is there until the new one is. A block device stays as it is.
@@ -122,6 +133,11 @@ impl Image for Vhd {
         &self.storage
     }
 
+    fn limits(&self) -> Limits {
+        let limits = self.storage.limits();
+        Limits { read_only: limits.read_only || !self.writable, ..limits }
+    }
+
     fn mapped(&self, span: Span) -> Option<Extent> {
         match &self.blocks {
             Some(blocks) => blocks.look(span),
@@ -140,6 +156,7 @@ impl Image for Vhd {
 
     fn placed(&self, span: Span) -> Option<Placement> {
         match &self.blocks {
+            _ if !self.writable => None,
             Some(blocks) => blocks.shown(span),
             None => Some(Placement::shown(span.at(), span.len(), None)),
         }
@@ -147,6 +164,7 @@ impl Image for Vhd {
 
     fn place(&self, span: Span) -> Io<'_, Placement> {
         Box::pin(async move {
+            self.check_writable()?;
             match &self.blocks {
                 Some(blocks) => blocks.place(span).await,
                 None => Ok(Placement::shown(span.at(), span.len(), None)),
@@ -184,6 +202,7 @@ impl Image for Vhd {
     /// Blocks stay where they are; the file system may have the space behind their data.
     fn discard(&self, span: Span) -> Io<'_> {
         Box::pin(async move {
+            self.check_writable()?;
             let mut rest = span;
             while !rest.is_empty() {
                 let extent = match self.mapped(rest) {

@@ -206,6 +206,7 @@ impl Blocks {
 
     /// Writes a footer at byte `at`, where the file is to end then. The one before it stays until it is there.
     async fn move_footer(&self, at: u64) -> Result<()> {
+        self.has_grown.set(true);
         let before = self.metadata.extend(at + SECTOR).await?;
         let footer = self.footer.borrow().bytes();
         if let Err(error) = self.metadata.write_through(at, &footer).await {

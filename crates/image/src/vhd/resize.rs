@@ -13,7 +13,7 @@ use super::blocks::ALIGN;
 use super::create::{check_size, lengthen, write};
 use super::footer::Footer;
 use super::geometry::Geometry;
-use super::header::{Header, Sparse, UNUSED, read};
+use super::header::{Header, Sparse, UNUSED, check_blocks, read};
 use crate::ImageError;
 
 /// Bytes that are copied at a time.
@@ -37,7 +37,8 @@ pub(super) async fn has_room(file: &Rc<dyn Storage>, bytes: u64) -> Result<bool,
     Ok(more.iter().all(|byte| *byte == 0xff))
 }
 
-/// Makes the disk of an image larger; what is added reads as zero.
+/// Makes the disk of an image larger; what is added reads as zero. In a differencing image it is what the image below has
+/// there: nothing, unless that was larger than the one above it, which VHD's own tools do not allow.
 ///
 /// # Errors
 /// Less than it has, or more than a VHD can have; those of the image and its file.
@@ -57,10 +58,7 @@ pub async fn resize(file: &Rc<dyn Storage>, bytes: u64) -> Result<(), ImageError
     match &header.sparse {
         None => grow_fixed(file, &header, &footer, bytes).await,
         Some(sparse) => {
-            let blocks = bytes.div_ceil(sparse.block());
-            let blocks = u32::try_from(blocks).ok().filter(|blocks| *blocks < UNUSED).ok_or_else(|| {
-                ImageError::Refused(format!("blocks of {} bytes would be too many", sparse.block()))
-            })?;
+            let blocks = check_blocks(bytes, sparse.second.block.get())?;
             if blocks > sparse.second.entries.get() {
                 Table::read(file, sparse).await?.grow(&header, blocks).await?;
             } else {

@@ -3,7 +3,9 @@
 mod check;
 mod create;
 mod disk;
+mod faults;
 mod header;
 mod info;
 mod snapshot;
+mod space;
 mod tools;

@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use nbd_client::Style;
+use nbd_client::{Errno, Style};
 use tempfile::TempDir;
 
 use crate::formats::{FORMS, KIB, MIB, as_qemu_reads_it, judged, make, qemu};
 use crate::power_cut::{Random, Shape, Workload};
-use crate::server::{Ask, CACHES, Server, pattern, refused};
+use crate::server::{Ask, CACHES, Server, pattern, refused, rule};
 
 /// Bytes of the disks.
 const SIZE: u64 = 32 * MIB;
@@ -220,4 +220,61 @@ fn without_a_place_for_a_ledger_answered_writes_are_in_the_image() {
     server.kill();
     is_safe(&image, "qcow2", "without a ledger");
     assert!(as_qemu_reads_it(&image, "qcow2")[5 << 20..][..4096] == pattern(0, 4096, 1)[..]);
+}
+
+#[test]
+fn an_image_whose_sync_has_failed_is_served_poisoned_until_it_is_stopped_in_order() {
+    for (name, format, options) in FORMS {
+        let fs = faultfs::Options { async_direct_io: true, ..faultfs::Options::default() };
+        let Some(fs) = faultfs::mount_for_test(fs) else { return };
+        let image = fs.path().join(name);
+        make(&image, format, options, SIZE);
+        let state = tempfile::tempdir().unwrap();
+        let words = [image.to_str().unwrap(), "--state-dir", state.path().to_str().unwrap()];
+        let start = || {
+            let server = Server::start(&words, Some(&fs));
+            server.wait_ready();
+            server
+        };
+        let server = start();
+        let mut client = server.client(Style::Simple);
+        assert_eq!(client.write(MIB, &pattern(0, 4096, 1)), Ok(()), "{name}");
+        assert_eq!(client.flush(), Ok(()), "{name}");
+        assert_eq!(client.write(9 * MIB, &pattern(0, 4096, 2)), Ok(()), "{name}");
+        rule(&fs, "fsync:EIO:once,lose");
+        assert_eq!(client.flush(), Err(Errno::IO), "{name}");
+        assert_eq!(client.write(9 * MIB, &[1; 512]), Err(Errno::IO), "{name}");
+        server.kill();
+        for _ in 0..2 {
+            let before = std::fs::read(&image).unwrap();
+            let server = start();
+            assert!(server.stdout().contains("POISONED"), "{name}: {}", server.stdout());
+            let mut client = server.client(Style::Simple);
+            assert_eq!(client.read(MIB, 4096), Ok(pattern(0, 4096, 1)), "{name}");
+            // It was answered: what the map said is said again.
+            assert!(client.read(9 * MIB, 4096).is_ok(), "{name}");
+            assert_eq!(client.write(MIB, &[1; 512]), Err(Errno::IO), "{name}");
+            assert_eq!(client.write(20 * MIB, &[1; 512]), Err(Errno::IO), "{name}");
+            assert_eq!(client.flush(), Err(Errno::IO), "{name}");
+            server.kill();
+            assert!(std::fs::read(&image).unwrap() == before, "{name}: nothing is written to it");
+        }
+        // The page cache may show what is not on the disk, so that not even the map is to be had from there.
+        let why = refused(&["serve", words[0], words[1], words[2], "--cache", "buffered"]);
+        assert!(why.contains("a sync failed") && why.contains("--cache direct"), "{name}: {why}");
+        let ended = start().stop();
+        assert_eq!(ended.status.code(), Some(1), "{name}: {}", ended.stderr);
+        assert!(
+            ended.stderr.contains("data that clients were told is written may be lost"),
+            "{}",
+            ended.stderr
+        );
+        let server = start();
+        let mut client = server.client(Style::Simple);
+        assert_eq!(client.write(9 * MIB, &pattern(0, 4096, 3)), Ok(()), "{name}");
+        assert_eq!(client.flush(), Ok(()), "{name}");
+        assert!(server.stop().status.success(), "{name}");
+        is_safe(&image, format, name);
+        assert_eq!(std::fs::read_dir(state.path()).unwrap().count(), 0, "{name}: nothing is left of it");
+    }
 }

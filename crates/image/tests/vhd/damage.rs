@@ -1,0 +1,327 @@
+//! Images that are damaged, hostile, marked by others, or of old programs.
+
+use super::*;
+
+#[test]
+fn a_differencing_image_names_its_parent_as_blktap_does() {
+    run(async |_| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        let changed = std::time::UNIX_EPOCH + Duration::from_secs(946_684_800 + 77);
+        let parent = Parent { name: "../vm/base.vhd".to_owned(), unique_id: Some([5; 16]), changed };
+        let create = Create {
+            size: MIB,
+            subformat: Subformat::Differencing,
+            parent: Some(parent.clone()),
+            ..Create::default()
+        };
+        vhd::create(&ram, &create).await.unwrap();
+        let backing = Header::read(&ram).await.unwrap().backing().unwrap();
+        assert_eq!(backing.name, "../vm/base.vhd");
+        assert_eq!(backing.others, ["base.vhd"]);
+        assert_eq!(backing.unique_id, Some([5; 16]));
+        let head = Buf::zeroed(4096);
+        ram.read(0, head.clone()).await.unwrap();
+        let head = head.to_vec();
+        // Of the second header: the parent's identifier and time; the platforms of three locators.
+        assert_eq!(head[512 + 40..512 + 56], [5; 16]);
+        assert_eq!(head[512 + 56..512 + 60], [0, 0, 0, 77]);
+        let platforms: Vec<&[u8]> = (0..3).map(|number| &head[512 + 576 + number * 24..][..4]).collect();
+        assert_eq!(platforms, [b"MacX", b"W2ku", b"W2ru"]);
+        // A parent that is a raw disk has no identifier.
+        let create = Create { parent: Some(Parent { unique_id: None, ..parent }), ..create };
+        vhd::create(&ram, &create).await.unwrap();
+        let backing = Header::read(&ram).await.unwrap().backing().unwrap();
+        assert_eq!((backing.format, backing.unique_id), (Some(image::Format::Raw), None));
+    });
+}
+
+#[test]
+fn either_footer_is_enough_and_the_other_is_put_right() {
+    run(async |handle| {
+        let (ram, model) = sample(&handle, Create { size: 3 * MIB, ..Create::default() }).await;
+        let whole = contents(&ram).await;
+        let last = whole.len() - 512;
+        for (at, filling) in [(0, 0), (last, 0), (last, 0xc7), (last, 0x11)] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 512].fill(filling);
+            let damaged = stored(&bytes).await;
+            let header = Header::read(&damaged).await.unwrap();
+            assert_eq!(header.notes().len(), 1, "it is told");
+            assert_eq!(header.notes()[0].contains("0xc7"), filling == 0xc7);
+            let image = open_image(&handle, damaged.clone(), false).await.unwrap();
+            let disk = Chain::new(&handle, Rc::new(image));
+            assert!(all_of(&disk).await == model);
+            assert!(contents(&damaged).await == bytes, "what is only read is left as it is");
+            let report = vhd::check(&damaged, Repair::No).await.unwrap();
+            assert!(report.is_safe() && !report.is_clean(), "{report:?}");
+            let report = vhd::check(&damaged, Repair::Leaks).await.unwrap();
+            assert!(report.is_clean() && report.leaks_fixed == 1, "{report:?}");
+            assert!(contents(&damaged).await == whole, "as it was before");
+        }
+        let mut bytes = whole.clone();
+        bytes[..8].fill(0);
+        bytes[last..].fill(0);
+        let error = Header::read(&stored(&bytes).await).await.unwrap_err();
+        assert!(matches!(error, ImageError::Invalid(_)), "{error}");
+    });
+}
+
+#[test]
+fn an_image_that_lost_its_end_gets_a_footer_when_it_is_opened_to_be_written() {
+    run(async |handle| {
+        let (ram, model) = sample(&handle, Create { size: 3 * MIB, ..Create::default() }).await;
+        let whole = contents(&ram).await;
+        for cut in [2, 511, 512] {
+            let damaged = stored(&whole[..whole.len() - cut]).await;
+            let image = open_image(&handle, damaged.clone(), true).await.unwrap();
+            let disk = Chain::new(&handle, Rc::new(image));
+            assert!(all_of(&disk).await == model, "{cut}");
+            disk.close().await.unwrap();
+            assert!(contents(&damaged).await == whole, "{cut}");
+        }
+        // More than the footer is lost.
+        let damaged = stored(&whole[..whole.len() - (3 << 20)]).await;
+        let error = open_image(&handle, damaged, true).await.err().unwrap();
+        assert!(error.to_string().contains("cut off"), "{error}");
+    });
+}
+
+#[test]
+fn a_guest_cannot_make_a_fixed_image_another_one() {
+    run(async |handle| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: MIB, subformat: Subformat::Fixed, ..Create::default() })
+            .await
+            .unwrap();
+        let trap: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        let parent =
+            Parent { name: "/etc/shadow".to_owned(), unique_id: None, changed: std::time::UNIX_EPOCH };
+        let create = Create {
+            size: MIB,
+            subformat: Subformat::Differencing,
+            parent: Some(parent),
+            ..Create::default()
+        };
+        vhd::create(&trap, &create).await.unwrap();
+        let trap = contents(&trap).await;
+        let image = open_image(&handle, ram.clone(), true).await.unwrap();
+        let disk = Chain::new(&handle, Rc::new(image));
+        disk.write(0, Buf::from_bytes(&trap)).await.unwrap();
+        disk.close().await.unwrap();
+        let header = Header::read(&ram).await.unwrap();
+        assert_eq!(header.subformat(), Subformat::Fixed);
+        assert!(header.backing().is_none());
+        // The same in the last sector of a dynamic image that is cut off there.
+        let (dynamic, _) = sample(&handle, Create { size: 3 * MIB, ..Create::default() }).await;
+        let mut bytes = contents(&dynamic).await;
+        let last = bytes.len() - 512;
+        bytes[last..].copy_from_slice(&trap[..512]);
+        let header = Header::read(&stored(&bytes).await).await.unwrap();
+        assert_eq!(header.subformat(), Subformat::Dynamic);
+    });
+}
+
+#[test]
+fn images_that_make_no_sense_are_refused_in_words_and_never_served() {
+    run(async |handle| {
+        let (ram, _) = sample(&handle, Create { size: 3 * MIB, block: 65536, ..Create::default() }).await;
+        let whole = contents(&ram).await;
+        let values = [
+            0u64,
+            1,
+            2,
+            511,
+            512,
+            513,
+            0x7fff_ffff,
+            0x8000_0000,
+            0xffff_fffe,
+            0xffff_ffff,
+            1 << 40,
+            u64::MAX,
+        ];
+        let mut refused = 0;
+        // Fields of the copy of the footer and of the second header, by place and length.
+        let fields =
+            [(16, 8), (32, 4), (48, 8), (56, 4), (60, 4), (12, 4), (528, 8), (536, 4), (540, 4), (544, 4)];
+        for (at, len) in fields {
+            for value in values {
+                let mut bytes = whole.clone();
+                bytes[at..at + len].copy_from_slice(&value.to_be_bytes()[8 - len..]);
+                seal(&mut bytes, 0);
+                bytes[512 + 36..512 + 40].fill(0);
+                let sum = !bytes[512..1536].iter().map(|byte| u32::from(*byte)).sum::<u32>();
+                bytes[512 + 36..512 + 40].copy_from_slice(&sum.to_be_bytes());
+                let damaged = stored(&bytes).await;
+                refused += usize::from(try_all(&handle, damaged).await.is_err());
+            }
+        }
+        assert!(refused > 60, "{refused}");
+        // Entries of the table.
+        for value in [0u32, 1, 3, 4, 5, 8, 0x7fff_ffff, 0xffff_fffe] {
+            let mut bytes = whole.clone();
+            bytes[1536 + 8..1536 + 12].copy_from_slice(&value.to_be_bytes());
+            assert!(try_all(&handle, stored(&bytes).await).await.is_err(), "{value:#x}");
+            let report = vhd::check(&stored(&bytes).await, Repair::No).await.unwrap();
+            assert!(report.corruptions > 0, "{value:#x}: {report:?}");
+            let damaged = stored(&bytes).await;
+            let report = vhd::check(&damaged, Repair::All).await.unwrap();
+            assert!(report.corruptions_fixed > 0 && report.is_safe(), "{value:#x}: {report:?}");
+            try_all(&handle, damaged.clone()).await.unwrap();
+            assert!(
+                vhd::check(&damaged, Repair::All).await.unwrap().corruptions_fixed == 0,
+                "once is enough"
+            );
+        }
+        // Two blocks in one place.
+        let mut bytes = whole.clone();
+        let used: Vec<usize> = (0..48).filter(|number| bytes[1536 + number * 4] != 0xff).collect();
+        bytes.copy_within(1536 + used[0] * 4..1536 + used[0] * 4 + 4, 1536 + used[1] * 4);
+        let error = try_all(&handle, stored(&bytes).await).await.unwrap_err();
+        assert!(error.contains("lies over"), "{error}");
+        // Every byte of the headers, changed: opened or refused, and no panic.
+        for at in (0..1536).step_by(3) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x5a;
+            drop(try_all(&handle, stored(&bytes).await).await);
+            let mut bytes = whole[..at].to_vec();
+            bytes.push(0);
+            assert!(try_all(&handle, stored(&bytes).await).await.is_err());
+        }
+    });
+}
+
+/// Opens an image, reads and writes it here and there, checks it.
+async fn try_all(handle: &Handle, storage: Rc<dyn Storage>) -> Result<(), String> {
+    let told = |error: ImageError| error.to_string();
+    let header = Header::read(&storage).await.map_err(told)?;
+    vhd::info(&header);
+    header.backing();
+    vhd::check(&storage, Repair::No).await.map_err(told)?;
+    let image = open_image(handle, storage.clone(), true).await.map_err(told)?;
+    let disk = Chain::new(handle, Rc::new(image));
+    for at in [0, disk.size() / 2, disk.size().saturating_sub(4096)] {
+        let len = 4096.min(disk.size() - at) as usize;
+        if len > 0 {
+            let buf = Buf::zeroed(len);
+            disk.read(at, buf.clone()).await.map_err(|error| error.to_string())?;
+            disk.write(at, buf).await.map_err(|error| error.to_string())?;
+        }
+    }
+    disk.close().await.map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_disabled_image_is_told_of_and_not_served() {
+    run(async |handle| {
+        let (ram, _) = sample(&handle, Create { size: 3 * MIB, ..Create::default() }).await;
+        let mut bytes = contents(&ram).await;
+        let last = bytes.len() - 512;
+        for at in [0, last] {
+            bytes[at..at + 8].copy_from_slice(b"v_poison");
+            seal(&mut bytes, at);
+        }
+        let disabled = stored(&bytes).await;
+        let header = Header::read(&disabled).await.unwrap();
+        assert!(header.is_disabled() && vhd::is(&bytes) && vhd::is_fixed(&bytes));
+        let error = open_image(&handle, disabled.clone(), false).await.err().unwrap();
+        assert!(error.to_string().contains("v_poison"), "{error}");
+        assert!(vhd::check(&disabled, Repair::All).await.unwrap().is_clean());
+        assert!(contents(&disabled).await == bytes, "its mark is kept");
+    });
+}
+
+#[test]
+fn hidden_and_suspended_images_keep_their_marks() {
+    run(async |handle| {
+        let (ram, _) = sample(&handle, Create { size: 30 * MIB, ..Create::default() }).await;
+        let mut bytes = contents(&ram).await;
+        let last = bytes.len() - 512;
+        for at in [0, last] {
+            bytes[at + 84..at + 86].fill(1);
+            bytes[at + 300] = 0x77; // a reserved byte
+            seal(&mut bytes, at);
+        }
+        let marked = stored(&bytes).await;
+        let image = open_image(&handle, marked.clone(), true).await.unwrap();
+        let disk = Chain::new(&handle, Rc::new(image));
+        let before = marked.size();
+        disk.write(0, Buf::from_bytes(&vec![1; 30 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        assert!(marked.size() > before, "blocks were added");
+        let after = contents(&marked).await;
+        assert_eq!(after[after.len() - 512..], bytes[..512]);
+        assert_eq!(Header::read(&marked).await.unwrap().notes().len(), 2);
+    });
+}
+
+#[test]
+fn images_of_virtual_pc_before_2004_have_a_shorter_footer() {
+    run(async |handle| {
+        for subformat in [Subformat::Fixed, Subformat::Dynamic] {
+            let (ram, model) =
+                sample(&handle, Create { size: 3 * MIB, subformat, ..Create::default() }).await;
+            let whole = contents(&ram).await;
+            let short = stored(&whole[..whole.len() - 1]).await;
+            assert!(Header::read(&short).await.unwrap().notes().is_empty());
+            let image = open_image(&handle, short.clone(), true).await.unwrap();
+            let disk = Chain::new(&handle, Rc::new(image));
+            assert!(all_of(&disk).await == model);
+            disk.close().await.unwrap();
+            let report = vhd::check(&short, Repair::No).await.unwrap();
+            assert!(report.is_clean(), "{report:?}");
+        }
+    });
+}
+
+#[test]
+fn the_batmap_stays_true() {
+    run(async |handle| {
+        let (ram, mut model) = sample(&handle, Create { size: 30 * MIB, ..Create::default() }).await;
+        // blktap marks a full block.
+        let mut bytes = contents(&ram).await;
+        let block = (0..15usize).find(|block| bytes[1536 + block * 4] != 0xff).unwrap();
+        let map = 1536 + 512 + 512;
+        bytes[map + block / 8] = 0x80 >> (block % 8);
+        let sum = !u32::from(bytes[map + block / 8]);
+        bytes[map - 512 + 24..map - 512 + 28].copy_from_slice(&sum.to_be_bytes());
+        judge(&bytes);
+        let foreign = stored(&bytes).await;
+        let image = open_image(&handle, foreign.clone(), true).await.unwrap();
+        let disk = Chain::new(&handle, Rc::new(image));
+        change(&disk, &mut model, &mut Random(8), 100).await;
+        disk.discard(Span::new(0, 30 * MIB).unwrap()).await.unwrap();
+        disk.close().await.unwrap();
+        judge(&contents(&foreign).await);
+        assert!(vhd::check(&foreign, Repair::No).await.unwrap().is_clean());
+        // One that says too much is a corruption, and is put right.
+        let mut bytes = contents(&foreign).await;
+        let place =
+            bytes[1536 + block * 4..][..4].iter().fold(0usize, |sum, byte| sum << 8 | usize::from(*byte))
+                * 512;
+        bytes[place + 7] = 0xfe;
+        let foreign = stored(&bytes).await;
+        assert_eq!(vhd::check(&foreign, Repair::No).await.unwrap().corruptions, 1);
+        assert_eq!(vhd::check(&foreign, Repair::All).await.unwrap().corruptions_fixed, 1);
+        assert!(vhd::check(&foreign, Repair::No).await.unwrap().is_clean());
+        judge(&contents(&foreign).await);
+        // So is one whose checksum is wrong.
+        let mut bytes = contents(&foreign).await;
+        bytes[map - 512 + 24] ^= 1;
+        let foreign = stored(&bytes).await;
+        assert_eq!(vhd::check(&foreign, Repair::No).await.unwrap().corruptions, 1);
+        assert!(vhd::check(&foreign, Repair::All).await.unwrap().is_clean());
+        judge(&contents(&foreign).await);
+    });
+}
+
+#[test]
+fn encrypted_images_are_refused_by_name() {
+    run(async |handle| {
+        let (ram, _) = sample(&handle, Create { size: 3 * MIB, ..Create::default() }).await;
+        let mut bytes = contents(&ram).await;
+        bytes[1536 + 512 + 29] = 1;
+        let error = Header::read(&stored(&bytes).await).await.unwrap_err();
+        assert!(error.to_string().contains("encrypted"), "{error}");
+    });
+}
