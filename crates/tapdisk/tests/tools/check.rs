@@ -43,10 +43,8 @@ fn the_exit_status_says_what_was_found() {
         assert_eq!(ended.code, Some(code), "{ended:?}");
         let found = ended.json();
         assert_eq!((found["format"].as_str(), found["filename"].as_str()), (Some("qcow2"), Some(name)));
-        assert_eq!(
-            (found["leaks"].as_u64(), found["corruptions"].as_u64()),
-            (Some((code == 3).into()), Some((code == 2).into()))
-        );
+        let count = |key: &str| found[key].as_u64().unwrap();
+        assert_eq!((count("leaks"), count("corruptions") > 0), (u64::from(code == 3), code == 2), "{found}");
         // Nothing was changed.
         assert_eq!(folder.run(&["check", name]).code, Some(code));
     }
