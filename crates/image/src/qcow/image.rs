@@ -367,7 +367,11 @@ impl Qcow {
         Ok(match self.find(span).await? {
             // Of what no image below has, nothing is to be said. But over another image zeroes are written like any
             // bytes: there is no other way to say zero in this format.
-            Run::Empty { len } if !self.has_backing => Zeroed::Done { len },
+            Run::Empty { len } if !self.has_backing => {
+                // Another request may have discarded it, whose answer still waits.
+                self.metadata.saved().await?;
+                Zeroed::Done { len }
+            }
             Run::Empty { len } | Run::Data { len, .. } | Run::Packed { len } => Zeroed::Write { len },
         })
     }

@@ -5,10 +5,11 @@ use std::future::poll_fn;
 use std::ops::Range;
 use std::rc::Rc;
 use std::task::Poll;
+use std::time::Duration;
 
 use block::{Buf, Error, Span};
 use image::Chain;
-use runtime::{BoxFuture, join_all};
+use runtime::{BoxFuture, Handle, join_all};
 use storage::{Storage, Zeroing};
 
 use super::model::{Change, GRAIN, Model, View, pattern};
@@ -53,6 +54,7 @@ impl Habits {
 
 /// A disk in use.
 pub(crate) struct Guests {
+    pub(crate) handle: Handle,
     pub(crate) world: Rc<World>,
     pub(crate) chain: Chain,
     pub(crate) model: Rc<RefCell<Model>>,
@@ -201,6 +203,9 @@ impl Guests {
 
     /// After the faults have ceased: requests succeed, or fail for good.
     pub(crate) async fn recover(&self) -> Result<(), String> {
+        while self.world.is_failing() {
+            self.handle.sleep(Duration::from_micros(10)).await;
+        }
         let size = self.model.borrow().size();
         let units = self.dice.borrow_mut().between(2, 6);
         for _ in 0..units {

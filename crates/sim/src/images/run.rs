@@ -197,12 +197,16 @@ impl Trial {
             Ok(chain) => chain,
             Err(error) if world.has_given(error.errno()) => {
                 world.set_rules(Vec::new());
+                if is_poisoned(world) {
+                    return Ok(false);
+                }
                 let told = |error| format!("open, after a first try that failed ({error}): {error}");
                 self.open(&runtime, world).map_err(told)?
             }
             Err(error) => return Err(format!("open: {error}")),
         };
         let guests = Rc::new(Guests {
+            handle: runtime.handle().clone(),
             world: world.clone(),
             chain,
             model: model.clone(),
@@ -242,7 +246,7 @@ impl Trial {
             model.borrow_mut().lose(world.tick());
         }
         world.set_rules(Vec::new());
-        Ok((0..3).all(|file| world.poison(file).is_none()))
+        Ok(!is_poisoned(world))
     }
 
     fn open(&self, runtime: &Runtime, world: &Rc<World>) -> Result<image::Chain, image::ImageError> {
@@ -259,6 +263,7 @@ impl Trial {
         dice: &mut Dice,
     ) -> Result<(), String> {
         let Trial { subject, plan, deaths, .. } = self;
+        let notes_were_refused = world.has_refused_notes();
         world.log(|log, operations| {
             let mut replay = Replay::new(log, operations, files, Notes::default());
             for time in times(log, plan.all_deaths, dice) {
@@ -267,7 +272,8 @@ impl Trial {
                 for choice in choices {
                     let files = replay.power_cut(choice, dice);
                     let view = model.after_power_cut(time as u64);
-                    let remains = Remains { subject, model, view, files, notes: Notes::default() };
+                    let notes = Notes::default();
+                    let remains = Remains { subject, model, view, files, notes, notes_were_refused };
                     let closely = dice.percent(20);
                     *deaths += 1;
                     remains.judge(dice, closely).map_err(|what| {
@@ -281,7 +287,7 @@ impl Trial {
                     } else {
                         model.after_power_cut(time as u64)
                     };
-                    let remains = Remains { subject, model, view, files, notes };
+                    let remains = Remains { subject, model, view, files, notes, notes_were_refused };
                     let closely = dice.percent(20);
                     *deaths += 1;
                     remains
@@ -292,6 +298,11 @@ impl Trial {
             Ok(())
         })
     }
+}
+
+/// Whether nobody can open the image any more, for a sync of one of its files has failed.
+fn is_poisoned(world: &World) -> bool {
+    (0..3).any(|file| world.poison(file).is_some())
 }
 
 /// When to die: anywhere, and right before and after what counts.

@@ -146,6 +146,7 @@ struct Inner {
     /// Errnos that rules have given.
     given: BTreeSet<i32>,
     ledger: Notes,
+    has_refused_notes: bool,
 }
 
 /// What a ledger holds.
@@ -197,6 +198,7 @@ impl World {
             rules: Vec::new(),
             given: BTreeSet::new(),
             ledger: notes,
+            has_refused_notes: false,
         };
         Rc::new(World { inner: RefCell::new(inner), clock: Cell::new(0), turns: Cell::new(0) })
     }
@@ -233,6 +235,18 @@ impl World {
     /// Whether a rule has given this errno.
     pub(crate) fn has_given(&self, errno: Errno) -> bool {
         self.inner.borrow().given.contains(&errno.code())
+    }
+
+    /// Whether anything is under way that is going to fail.
+    pub(crate) fn is_failing(&self) -> bool {
+        let inner = self.inner.borrow();
+        let mut flying = inner.moving.iter().chain(&inner.held);
+        flying.any(|number| inner.operations[*number].result.is_err())
+    }
+
+    /// Whether a note was refused.
+    pub(crate) fn has_refused_notes(&self) -> bool {
+        self.inner.borrow().has_refused_notes
     }
 
     pub(crate) fn size(&self, file: usize) -> u64 {
@@ -360,6 +374,7 @@ impl World {
         let mut inner = self.inner.borrow_mut();
         let span = Span::new(0, 0).expect("nothing is within any file");
         if let Some(Fault::Fail(errno)) = inner.strike(usize::MAX, Class::Note, span) {
+            inner.has_refused_notes = true;
             return Err(errno);
         }
         let group: Rc<[Change]> = group.into();
