@@ -147,6 +147,8 @@ struct Inner {
     given: BTreeSet<i32>,
     ledger: Notes,
     has_refused_notes: bool,
+    /// So many operations of a hundred are slow.
+    slow: u64,
 }
 
 /// What a ledger holds.
@@ -182,7 +184,8 @@ impl Notes {
 
 impl World {
     /// A world with these files, where operations come in an order of the dice's.
-    pub(crate) fn new(files: Vec<Bytes>, notes: Notes, pace: Pace, dice: Dice) -> Rc<World> {
+    pub(crate) fn new(files: Vec<Bytes>, notes: Notes, pace: Pace, mut dice: Dice) -> Rc<World> {
+        let slow = dice.pick(&[0, 0, 3, 10]);
         let inner = Inner {
             pace,
             dice,
@@ -199,6 +202,7 @@ impl World {
             given: BTreeSet::new(),
             ledger: notes,
             has_refused_notes: false,
+            slow,
         };
         Rc::new(World { inner: RefCell::new(inner), clock: Cell::new(0), turns: Cell::new(0) })
     }
@@ -295,7 +299,8 @@ impl World {
                 inner.perform(number);
                 inner.finish(number);
             }
-            Pace::Random if is_held => inner.held.push(number),
+            // Some are so slow that much else happens before their end.
+            Pace::Random if is_held || inner.dice.percent(inner.slow) => inner.held.push(number),
             Pace::Random => inner.moving.push(number),
         }
         number
@@ -319,7 +324,7 @@ impl World {
         {
             let mut inner = self.inner.borrow_mut();
             let inner = &mut *inner;
-            if inner.moving.is_empty() {
+            if inner.moving.is_empty() || inner.dice.below(100) == 0 {
                 let held = std::mem::take(&mut inner.held);
                 inner.moving.extend(held);
             }
