@@ -35,8 +35,8 @@ pub(super) async fn resize(
     let path = asked.path;
     let disk = asked.open(handle).await?;
     let old = disk.chain.size();
-    let new = wanted(old)
-        .with_context(|| format!("{} would be larger than any disk (8 EiB)", path.display()))?;
+    let new =
+        wanted(old).with_context(|| format!("{} would be larger than any disk (8 EiB)", path.display()))?;
     if new < old && !shrink {
         bail!(
             "{} has {}: making it smaller loses what is beyond its new end. `--shrink` does it all the same",

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::folder::{Folder, FORMATS};
+use crate::folder::{FORMATS, Folder};
 
 /// Sets the count of a cluster of a qcow2 image with clusters of 64 KiB, whose first refcount block is where the first entry
 /// of the table says.
@@ -33,13 +33,17 @@ fn the_exit_status_says_what_was_found() {
     set_count(&folder, "leaky.qcow2", end + 5, 1);
     set_count(&folder, "broken.qcow2", end - 1, 0);
     for (name, code) in [("leaky.qcow2", 3), ("broken.qcow2", 2)] {
-        let qemu = std::process::Command::new("qemu-img").arg("check").arg(folder.path(name)).output().unwrap();
+        let qemu =
+            std::process::Command::new("qemu-img").arg("check").arg(folder.path(name)).output().unwrap();
         assert_eq!(qemu.status.code(), Some(code), "{name}");
         let ended = folder.run(&["check", "--json", name]);
         assert_eq!(ended.code, Some(code), "{ended:?}");
         let found = ended.json();
         assert_eq!((found["format"].as_str(), found["filename"].as_str()), (Some("qcow2"), Some(name)));
-        assert_eq!((found["leaks"].as_u64(), found["corruptions"].as_u64()), (Some((code == 3).into()), Some((code == 2).into())));
+        assert_eq!(
+            (found["leaks"].as_u64(), found["corruptions"].as_u64()),
+            (Some((code == 3).into()), Some((code == 2).into()))
+        );
         // Nothing was changed.
         assert_eq!(folder.run(&["check", name]).code, Some(code));
     }

@@ -29,7 +29,9 @@ fn a_full_store_is_told_and_nothing_is_left_there() {
     folder.disk("disk.raw");
     fs.set_capacity(Some(1 << 20));
     let target = name(&fs, "copy");
-    for words in [&["-O", "raw"][..], &["-O", "qcow"], &["-O", "qcow2"], &["-O", "qcow2", "-c"], &["-O", "vhd"]] {
+    for words in
+        [&["-O", "raw"][..], &["-O", "qcow"], &["-O", "qcow2"], &["-O", "qcow2", "-c"], &["-O", "vhd"]]
+    {
         for cache in ["none", "writeback"] {
             let all = [&["convert", "-t", cache], words, &["disk.raw", &target]].concat();
             folder.refuses(&all, 1, &["was not made, nothing is left of it", "ENOSPC"]);

@@ -7,11 +7,9 @@ fn an_image_over_another_is_made_as_qemu_img_makes_it() {
     let folder = Folder::new();
     folder.disk("base.raw");
     folder.qemu_img(&["convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on", "base.raw", "base.vhd"]);
-    for (format, qemu, below) in [
-        ("qcow2", "qcow2", "base.raw"),
-        ("qcow2", "qcow2", "base.vhd"),
-        ("qcow", "qcow", "base.raw"),
-    ] {
+    for (format, qemu, below) in
+        [("qcow2", "qcow2", "base.raw"), ("qcow2", "qcow2", "base.vhd"), ("qcow", "qcow", "base.raw")]
+    {
         folder.tapdisk(&["create", "--force", "-f", format, "-b", below, "top"]);
         folder.same(("top", qemu), ("base.raw", "raw"));
         folder.tapdisk(&["convert", "--force", "-f", format, "top", "copy.raw"]);
@@ -20,8 +18,16 @@ fn an_image_over_another_is_made_as_qemu_img_makes_it() {
     folder.tapdisk(&["create", "-f", "vhd", "-b", "base.vhd", "top.vhd"]);
     folder.tapdisk(&["convert", "--force", "top.vhd", "copy.raw"]);
     folder.same(("copy.raw", "raw"), ("base.raw", "raw"));
-    folder.refuses(&["create", "-f", "raw", "-b", "base.raw", "x", "1M"], 1, &["base.raw cannot be below it"]);
-    folder.refuses(&["create", "-f", "qcow2", "-b", "none", "x"], 1, &["none cannot be below x", "does not exist"]);
+    folder.refuses(
+        &["create", "-f", "raw", "-b", "base.raw", "x", "1M"],
+        1,
+        &["base.raw cannot be below it"],
+    );
+    folder.refuses(
+        &["create", "-f", "qcow2", "-b", "none", "x"],
+        1,
+        &["none cannot be below x", "does not exist"],
+    );
     folder.refuses(&["create", "-f", "qcow2", "-b", "none", "-u", "x"], 1, &["how large"]);
     folder.tapdisk(&["create", "-f", "qcow2", "-b", "later.raw", "-F", "raw", "-u", "x", "1M"]);
     assert!(!folder.names().iter().any(|name| name.ends_with(".part")), "{:?}", folder.names());
@@ -89,7 +95,9 @@ fn a_rebase_changes_what_is_below_and_not_the_disk() {
         assert_eq!(below, (Some(name), Some(format)));
     }
     folder.tapdisk(&["rebase", "-b", "", "top.qcow2"]);
-    assert!(folder.qemu_img(&["info", "--output=json", "top.qcow2"]).json().get("backing-filename").is_none());
+    assert!(
+        folder.qemu_img(&["info", "--output=json", "top.qcow2"]).json().get("backing-filename").is_none()
+    );
     folder.same(("top.qcow2", "qcow2"), ("before.raw", "raw"));
     // Only a name.
     folder.tapdisk(&["rebase", "-u", "-b", "nowhere.raw", "-F", "raw", "top.qcow2"]);
@@ -114,7 +122,15 @@ fn a_disk_gets_the_size_that_it_is_told() {
         folder.tapdisk(&["convert", "--force", "-O", format, "disk.raw", "copy"]);
         folder.tapdisk(&["resize", "--shrink", "-f", format, "copy", "5M"]);
         folder.tapdisk(&["resize", "-f", format, "copy", "6M"]);
-        folder.qemu_img(&["check", "-f", "qcow2", "copy"].map(|word| if format == "raw" && word == "check" { "info" } else if word == "qcow2" { format } else { word }));
+        folder.qemu_img(&["check", "-f", "qcow2", "copy"].map(|word| {
+            if format == "raw" && word == "check" {
+                "info"
+            } else if word == "qcow2" {
+                format
+            } else {
+                word
+            }
+        }));
         let mut expected = std::fs::read(folder.path("disk.raw")).unwrap();
         expected.truncate(5 << 20);
         expected.resize(6 << 20, 0);

@@ -32,15 +32,48 @@ fn compare(ours: &Value, theirs: &Value) {
 fn images(folder: &Folder) -> Vec<(&'static str, &'static str)> {
     folder.disk("base.raw");
     folder.qemu_img(&["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "base.raw", "packed.qcow2"]);
-    folder.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "packed.qcow2", "-F", "qcow2", "middle.qcow2", "16M"]);
+    folder.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "packed.qcow2",
+        "-F",
+        "qcow2",
+        "middle.qcow2",
+        "16M",
+    ]);
     folder.qemu_io("qcow2", "middle.qcow2", &["write -P 9 1M 100k", "write -z 3M 1M", "write -P 8 15M 64k"]);
-    let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k,compat=0.10", "-b", "middle.qcow2", "-F", "qcow2"];
+    let words = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=4k,compat=0.10",
+        "-b",
+        "middle.qcow2",
+        "-F",
+        "qcow2",
+    ];
     folder.qemu_img(&[&words[..], &["top.qcow2", "20M"]].concat());
     folder.qemu_io("qcow2", "top.qcow2", &["write -P 3 2M 10k", "write -P 4 18M 4k"]);
     folder.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "sub.qcow2", "8M"]);
     folder.qemu_io("qcow2", "sub.qcow2", &["write -P 3 66k 6k", "write -z 200k 4k", "write -P 4 1M 512k"]);
     folder.qemu_img(&["snapshot", "-c", "before", "sub.qcow2"]);
-    folder.qemu_img(&["convert", "-q", "-f", "raw", "-O", "vpc", "-o", "force_size=on", "base.raw", "disk.vhd"]);
+    folder.qemu_img(&[
+        "convert",
+        "-q",
+        "-f",
+        "raw",
+        "-O",
+        "vpc",
+        "-o",
+        "force_size=on",
+        "base.raw",
+        "disk.vhd",
+    ]);
     folder.qemu_img(&["convert", "-q", "-f", "raw", "-O", "qcow", "base.raw", "disk.qcow"]);
     vec![
         ("base.raw", "raw"),
@@ -96,7 +129,10 @@ fn the_map_is_that_of_qemu_img() {
     let theirs = folder.qemu_img(&[&["map", "--output=json"], &part[..], &["top.qcow2"]].concat()).json();
     assert_eq!(ours, theirs);
     let ours = folder.tapdisk(&["map", "middle.qcow2"]).stdout;
-    assert!(ours.lines().any(|line| line.starts_with("0x100000 ") && line.ends_with("middle.qcow2")), "{ours}");
+    assert!(
+        ours.lines().any(|line| line.starts_with("0x100000 ") && line.ends_with("middle.qcow2")),
+        "{ours}"
+    );
     // Over its end there is nothing.
     assert_eq!(folder.tapdisk(&["map", "--json", "-s", "1G", "base.raw"]).json(), Value::Array(Vec::new()));
 }
