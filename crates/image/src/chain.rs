@@ -263,6 +263,11 @@ impl Chain {
         }
     }
 
+    /// What a map alone can do, or a file beside the one that is poisoned, is not to succeed either.
+    fn check_poison(&self) -> Result<()> {
+        self.top.poison().map_or(Ok(()), Err)
+    }
+
     async fn find_runs(&self, span: Span) -> Result<Vec<Run>> {
         let mut runs: Vec<Run> = Vec::new();
         let mut rest = span;
@@ -332,15 +337,24 @@ impl Storage for Chain {
     }
 
     fn write(&self, at: u64, buf: Buf) -> Io<'_> {
-        Box::pin(async move { self.write_bytes(Span::of(at, &buf), &buf).await })
+        Box::pin(async move {
+            self.check_poison()?;
+            self.write_bytes(Span::of(at, &buf), &buf).await
+        })
     }
 
     fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
-        Box::pin(self.zero_bytes(span, how))
+        Box::pin(async move {
+            self.check_poison()?;
+            self.zero_bytes(span, how).await
+        })
     }
 
     fn discard(&self, span: Span) -> Io<'_> {
-        self.top.discard(span)
+        Box::pin(async move {
+            self.check_poison()?;
+            self.top.discard(span).await
+        })
     }
 
     fn flush(&self) -> Io<'_> {

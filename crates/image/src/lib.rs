@@ -1,6 +1,7 @@
 //! Where the bytes of a disk are: a map from the disk to storages. Formats say where; only [`Chain`] moves data.
 
 mod chain;
+pub mod conformance;
 mod error;
 mod format;
 mod frozen;

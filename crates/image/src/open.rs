@@ -56,12 +56,15 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
         let settings = Settings {
             writable,
             cache: share(options.cache, depth, layers.len()),
-            ledger: ledger.filter(|_| writable).map(|ledger| -> Box<dyn Ledger> {
-                match layer.poison() {
-                    None => Box::new(ledger),
-                    Some(_) => Box::new(FrozenLedger(ledger)),
-                }
-            }),
+            // Who need not outlive this process only has to take over.
+            ledger: ledger.filter(|_| writable && (options.lasting || pending > 0)).map(
+                |ledger| -> Box<dyn Ledger> {
+                    match layer.poison() {
+                        None => Box::new(ledger),
+                        Some(_) => Box::new(FrozenLedger(ledger)),
+                    }
+                },
+            ),
             lasting: options.lasting && writable,
         };
         let image = open_image(handle, layer, settings).await.map_err(|error| match (pending, &layer.file.record) {

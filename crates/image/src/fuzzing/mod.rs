@@ -7,9 +7,11 @@ mod fence;
 mod mutate;
 mod program;
 mod qcow;
+mod qcow2;
 mod shapes;
 mod subject;
 mod trial;
+mod vhd;
 
 pub use mutate::mutate;
 pub use shapes::shapes;
@@ -31,6 +33,16 @@ pub fn qcow(bytes: &[u8]) {
     trial::run(&qcow::Qcow, bytes);
 }
 
+/// Opens, checks, reads, writes and repairs a damaged image of qcow2.
+pub fn qcow2(bytes: &[u8]) {
+    trial::run(&qcow2::Qcow2, bytes);
+}
+
+/// Opens, checks, reads, writes and repairs a damaged image of VHD.
+pub fn vhd(bytes: &[u8]) {
+    trial::run(&vhd::Vhd, bytes);
+}
+
 /// A fuzz target.
 #[derive(Clone, Copy)]
 pub struct Target {
@@ -41,4 +53,8 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: &[Target] = &[Target { name: "image_qcow", run: qcow }];
+pub const TARGETS: &[Target] = &[
+    Target { name: "image_qcow", run: qcow },
+    Target { name: "image_qcow2", run: qcow2 },
+    Target { name: "image_vhd", run: vhd },
+];

@@ -67,6 +67,10 @@ impl Subject for Qcow {
         head[..head.len().min(512)].windows(mark.len()).any(|bytes| bytes == mark)
     }
 
+    fn clears_what_is_beyond(&self) -> bool {
+        true
+    }
+
     fn has_backing<'a>(&'a self, file: &'a Rc<dyn Storage>) -> Tried<'a, bool> {
         Box::pin(async { Ok(Header::read(file).await?.backing().is_some()) })
     }

@@ -28,6 +28,10 @@ pub(super) trait Subject {
     /// Whether what a guest writes is where it must never get to: in what says where other files are.
     fn is_breached(&self, head: &[u8], tail: &[u8], mark: &[u8]) -> bool;
 
+    /// Whether what a damaged image has beyond the end of its disk never shows when the disk grows. In a sound one there is
+    /// nothing.
+    fn clears_what_is_beyond(&self) -> bool;
+
     /// Whether there is an image below.
     fn has_backing<'a>(&'a self, file: &'a Rc<dyn Storage>) -> Tried<'a, bool>;
 
@@ -45,6 +49,11 @@ pub(super) trait Subject {
 
 /// What fresh memory is full of in debug builds (`block::Pool`). No byte of an image is this, so that it can be told.
 pub(super) const POISON: u8 = 0xa5;
+
+/// The big-endian number of 4 bytes there; 0 if they are not.
+pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |word| u32::from_be_bytes(*word))
+}
 
 /// The big-endian number of 8 bytes there; 0 if they are not.
 pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {

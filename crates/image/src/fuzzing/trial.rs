@@ -475,7 +475,13 @@ impl Trial {
             Err(_) => assert!(disk.size() == old || disk.size() >= size, "an error makes it {}", disk.size()),
         }
         if disk.size() <= MODEL_MAX {
+            let kept = model.len().min(disk.size() as usize);
             model.resize(disk.size() as usize, 0);
+            let must_be_zero = self.subject.clears_what_is_beyond() || self.program.damages.is_empty();
+            if !must_be_zero && let Some(now) = self.all(disk).await {
+                assert!(now[..kept] == model[..kept], "what was there changes when the disk grows");
+                *model = now;
+            }
         }
     }
 }

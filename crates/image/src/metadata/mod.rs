@@ -29,7 +29,7 @@ use std::ops::Range;
 use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 
-use block::{Buf, Result, Span};
+use block::{Buf, Error, Result, Span};
 use runtime::{Handle, join_all};
 use storage::{Io, Storage};
 
@@ -273,7 +273,8 @@ impl Metadata {
     /// # Errors
     /// Without a ledger, or with one that fails, it takes a round: that one's.
     pub async fn saved(&self) -> Result<()> {
-        if !self.0.settings.lasting || self.0.note() {
+        // What is not changed any more is in the image already: whoever only meets what another has changed waits for that.
+        if !self.0.settings.lasting || self.0.note() || !self.0.is_dirty() {
             return Ok(());
         }
         self.flush().await
@@ -367,6 +368,11 @@ impl Metadata {
         self.0.extend(to).await
     }
 
+    /// Why nothing is durable any more, if that is so: the first of the files whose sync has failed.
+    pub fn poison(&self) -> Option<Error> {
+        self.0.also.iter().chain([&self.0.file]).find_map(|file| file.poison())
+    }
+
     /// A plain sync of all files.
     ///
     /// # Errors
@@ -383,7 +389,10 @@ impl Inner {
     }
 
     fn is_dirty(&self) -> bool {
-        self.blocks.borrow().dirty() > 0 || !self.retired.borrow().is_empty() || self.rounds.is_running()
+        self.blocks.borrow().dirty() > 0
+            || !self.retired.borrow().is_empty()
+            || self.notes.get() > 0
+            || self.rounds.is_running()
     }
 
     fn is_full(&self) -> bool {

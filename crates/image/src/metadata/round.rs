@@ -84,7 +84,9 @@ impl Drop for Waiter<'_> {
 /// See [`Metadata::flush`](super::Metadata::flush).
 pub(super) async fn flush(inner: &Rc<Inner>) -> Result<()> {
     let rounds = &inner.rounds;
-    let changed = inner.blocks.borrow().dirty() > 0 || !inner.retired.borrow().is_empty();
+    // Where all that a process before this one noted is in the image already, the ledger is still to hear of that.
+    let changed =
+        inner.blocks.borrow().dirty() > 0 || !inner.retired.borrow().is_empty() || inner.notes.get() > 0;
     if changed {
         // One that begins from now on.
         let needed = rounds.begun.get() + 1;
@@ -159,8 +161,11 @@ impl Running {
                 if let Some(ledger) = &inner.ledger {
                     ledger.end();
                 }
-                // What could not be noted is in the image, and there may be room in the ledger again.
-                inner.ledger_failed.set(false);
+                // What could not be noted is in the image, if nothing was changed meanwhile, and there may be room in the
+                // ledger again.
+                if inner.blocks.borrow().dirty() == 0 {
+                    inner.ledger_failed.set(false);
+                }
                 self.stored = true;
                 reclaim(&inner, retired, epoch);
                 Ok(())

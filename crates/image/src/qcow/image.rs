@@ -350,7 +350,8 @@ impl Qcow {
     }
 
     async fn commit_placed(&self, placement: Placement) -> Result<()> {
-        let Some(keep) = placement.keep else { return Ok(()) };
+        // Another request may have published it, whose answer still waits.
+        let Some(keep) = placement.keep else { return self.metadata.saved().await };
         let pending = keep.downcast::<Pending>().expect("a placement of this image");
         let bits = self.geometry.get().cluster_bits;
         let words: Vec<(u64, u64)> = (0..pending.clusters)
@@ -366,7 +367,11 @@ impl Qcow {
         Ok(match self.find(span).await? {
             // Of what no image below has, nothing is to be said. But over another image zeroes are written like any
             // bytes: there is no other way to say zero in this format.
-            Run::Empty { len } if !self.has_backing => Zeroed::Done { len },
+            Run::Empty { len } if !self.has_backing => {
+                // Another request may have discarded it, whose answer still waits.
+                self.metadata.saved().await?;
+                Zeroed::Done { len }
+            }
             Run::Empty { len } | Run::Data { len, .. } | Run::Packed { len } => Zeroed::Write { len },
         })
     }
@@ -434,9 +439,6 @@ impl Image for Qcow {
     }
 
     fn commit(&self, placement: Placement) -> Io<'_> {
-        if placement.keep.is_none() {
-            return Box::pin(ready(Ok(())));
-        }
         Box::pin(self.commit_placed(placement))
     }
 

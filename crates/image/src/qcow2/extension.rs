@@ -233,6 +233,11 @@ impl Extensions {
     }
 }
 
+/// Whether an image shows something else, or nothing, without its extension of this kind.
+pub(super) const fn is_needed(kind: u32) -> bool {
+    matches!(kind, BACKING_FORMAT | DATA_FILE | BITMAPS | ENCRYPTION)
+}
+
 fn push(all: &mut Vec<u8>, kind: u32, bytes: &[u8]) {
     all.extend_from_slice(&kind.to_be_bytes());
     all.extend_from_slice(&(bytes.len() as u32).to_be_bytes());

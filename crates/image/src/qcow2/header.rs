@@ -7,7 +7,7 @@ use storage::Storage;
 use crate::{Backing, Format, ImageError};
 
 use super::bytes::{self, be32, be64};
-use super::extension::{Extensions, FeatureKind, qemu_name, string};
+use super::extension::{Extensions, FeatureKind, is_needed, qemu_name, string};
 use super::{MAGIC, is};
 
 /// Bits of the field `incompatible`: who does not know one must not open the image.
@@ -56,6 +56,9 @@ pub(super) const NAME_MAX: usize = 1023;
 /// Bytes of the header's fields in version 2, and at least in version 3, where the compression type may follow.
 const LENGTH_2: usize = 72;
 const LENGTH_3: usize = 104;
+
+/// What a disk writes as a whole or not at all.
+const SECTOR: usize = 512;
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -560,15 +563,77 @@ impl Header {
         Ok(())
     }
 
-    /// Writes all of the header cluster that is in use. The caller syncs.
+    /// Writes all of the header cluster that is in use, durably. Names and extensions reach beyond the first sector, which alone a
+    /// disk writes as a whole; so what lies behind it is written first, where the old header does not look, and then the sector
+    /// switches to it. An interruption leaves the old header, perhaps without names of features, or the new one.
     ///
     /// # Errors
     /// As of [`Header::bytes`], and the storage's.
     pub async fn write(&self, file: &Rc<dyn Storage>) -> Result<(), ImageError> {
-        let all = self.bytes()?;
-        bytes::write(file, 0, &all).await?;
+        self.bytes()?;
+        let mut old = bytes::read(file, 0, self.cluster_size() as usize).await?;
+        let new = self.bytes_beside(&old);
+        if old.get(SECTOR..new.len()).is_some_and(|rest| rest != &new[SECTOR..]) {
+            if shorten(&mut old) {
+                bytes::write(file, 0, &old[..SECTOR]).await?;
+                file.flush().await?;
+            }
+            bytes::write(file, SECTOR as u64, &new[SECTOR..]).await?;
+            file.flush().await?;
+        }
+        bytes::write(file, 0, &new[..SECTOR.min(new.len())]).await?;
+        file.flush().await?;
         Ok(())
     }
+
+    /// As [`Header::bytes`], with the name not where that of an old header cluster is, which is left, if there is room.
+    fn bytes_beside(&self, old: &[u8]) -> Vec<u8> {
+        let other = old_name(old);
+        let extensions = self.extensions.bytes();
+        let name = self.backing_file.as_deref().unwrap_or_default().as_bytes();
+        let next = self.length() + extensions.len();
+        let behind = next.max(other.end);
+        let apart = next + name.len() <= other.start || behind + name.len() > self.cluster_size() as usize;
+        let at = if apart || other.is_empty() || name.is_empty() { next } else { behind };
+        let mut all = self.fields(at);
+        all.extend_from_slice(&extensions);
+        if !name.is_empty() {
+            all.extend_from_slice(old.get(next..at).unwrap_or_default());
+            all.extend_from_slice(name);
+        }
+        all
+    }
+}
+
+/// Where the backing file's name is in a header cluster.
+fn old_name(cluster: &[u8]) -> std::ops::Range<usize> {
+    let (at, len) = (long(cluster, 8), word(cluster, 16) as usize);
+    match usize::try_from(at) {
+        Ok(at) if at > 0 && at < cluster.len() => at..at.saturating_add(len).min(cluster.len()),
+        Ok(_) | Err(_) => 0..0,
+    }
+}
+
+/// Lets the extensions of a header cluster end within its first sector, if what follows there is nothing that the image needs.
+fn shorten(cluster: &mut [u8]) -> bool {
+    let mut at = if word(cluster, 4) == 2 { LENGTH_2 } else { word(cluster, 100) as usize };
+    while let Some((kind, len)) = be32(cluster, at).zip(be32(cluster, at + 4)).filter(|_| at + 8 <= SECTOR) {
+        let next = (at + 8).saturating_add(len as usize).next_multiple_of(8);
+        if kind == 0 {
+            return false; // they end there already
+        }
+        if next + 8 > SECTOR {
+            if !is_needed(kind)
+                && let Some(mark) = cluster.get_mut(at..at + 8)
+            {
+                mark.fill(0);
+                return true;
+            }
+            return false;
+        }
+        at = next;
+    }
+    false
 }
 
 fn encrypted(how: &str) -> ImageError {

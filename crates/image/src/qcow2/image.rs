@@ -362,4 +362,9 @@ impl Image for Qcow2 {
     fn close(&self) -> Io<'_> {
         Box::pin(self.close_file())
     }
+
+    /// The data may be in one file and the tables in another.
+    fn poison(&self) -> Option<Error> {
+        self.metadata.poison()
+    }
 }

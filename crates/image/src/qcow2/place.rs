@@ -317,7 +317,10 @@ impl Qcow2 {
 
     /// See [`crate::Image::commit`].
     pub(super) async fn publish(&self, placement: Placement) -> Result<()> {
-        let Some(Ok(pending)) = placement.keep.map(|keep| keep.downcast::<Pending>()) else { return Ok(()) };
+        let Some(Ok(pending)) = placement.keep.map(|keep| keep.downcast::<Pending>()) else {
+            // Another request may have published it, whose answer still waits.
+            return self.metadata.saved().await;
+        };
         self.health.check()?;
         let Pending { first: _, entries, parts, at, allocated, _loaded, lock } = *pending;
         let (mut words, mut retired) = (Vec::with_capacity(parts.len() * 2), Vec::new());

@@ -52,8 +52,15 @@ impl Qcow2 {
             let len = wanted.len().min(first_end - wanted.at());
             let piece = span(wanted.at(), len)?;
             return Ok(match self.find(|| self.look(piece)).await? {
-                Extent::Zero { len } => Zeroed::Done { len },
-                Extent::Below { len } if !self.has_backing => Zeroed::Done { len },
+                Extent::Zero { len } => {
+                    // Another request may have made it so, whose answer still waits.
+                    self.metadata.saved().await?;
+                    Zeroed::Done { len }
+                }
+                Extent::Below { len } if !self.has_backing => {
+                    self.metadata.saved().await?;
+                    Zeroed::Done { len }
+                }
                 Extent::Data { len, .. } | Extent::Below { len } | Extent::Packed { len, .. } => {
                     Zeroed::Write { len }
                 }

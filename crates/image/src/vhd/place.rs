@@ -118,7 +118,8 @@ impl Blocks {
     /// Those of telling a successor.
     pub(super) async fn commit(&self, placement: Placement) -> Result<()> {
         let Some(pending) = placement.keep.and_then(|keep| keep.downcast::<Pending>().ok()) else {
-            return Ok(());
+            // Another request may have published it, whose answer still waits.
+            return self.metadata.saved().await;
         };
         let Pending { block, place, is_new, sectors: (from, to), .. } = *pending;
         let word = |at| self.metadata.word(at).expect("loaded while the placement lives");

@@ -190,3 +190,47 @@ fn what_is_repaired_is_sound_for_qemu_img_too() {
         assert!(bytes(&file) == after, "{what}: nothing is left to repair");
     }
 }
+
+/// Whatever a byte of the tables is: the check ends, and what it repairs is sound. The image has one of everything.
+#[test]
+fn broken_images_are_repaired_or_refused_and_never_hang() {
+    let folder = scratch();
+    let path = folder.path().join("odd");
+    let name = path.to_str().unwrap();
+    for options in ["cluster_size=512,refcount_bits=8", "cluster_size=16k,extended_l2=on"] {
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "300k"]);
+        qemu_io(&path, &["write -P 1 0 40k", "write -z 100k 20k", "write -P 2 200k 64k"]);
+        qemu_img(&["snapshot", "-c", "first", name]);
+        qemu_img(&["bitmap", "--add", name, "bitmap"]);
+        qemu_io(&path, &["write -P 1 0 10k"]);
+        let sound = bytes(&load(&path));
+        assert!(ours(&ram(&sound), Repair::No).is_clean());
+        let mut random = storage::conformance::Random(11);
+        // Bytes of tables are those that are neither zero nor data.
+        let places: Vec<usize> =
+            (0..sound.len()).filter(|at| !matches!(sound[*at], 1 | 2) || random.below(40) == 0).collect();
+        let (mut clean, mut refused) = (0, 0);
+        for _ in 0..600 {
+            let mut image = sound.clone();
+            for _ in 0..1 + random.below(4) {
+                let near = if random.below(2) == 0 { 600 } else { places.len() as u64 };
+                let at = places[random.below(near.min(places.len() as u64)) as usize];
+                image[at] = [0, 1, 0x7f, 0x80, 0xff, random.below(256) as u8][random.below(6) as usize];
+            }
+            let file = ram(&image);
+            let Ok(report) = now(our_check(&file, Repair::No)) else {
+                refused += 1;
+                continue;
+            };
+            assert!(bytes(&file) == image);
+            let repaired = now(our_check(&file, Repair::All)).unwrap();
+            clean += u32::from(repaired.is_clean());
+            assert!(repaired.corruptions <= report.corruptions + report.leaks, "{report:#?} {repaired:#?}");
+            let again = bytes(&file);
+            let next = now(our_check(&file, Repair::All)).unwrap();
+            assert_eq!((next.corruptions, next.leaks), (repaired.corruptions, repaired.leaks));
+            assert!(bytes(&file) == again, "a repair leaves nothing for the next: {repaired:#?} {next:#?}");
+        }
+        assert!(clean > 100 && refused > 10, "{options}: {clean} clean, {refused} refused");
+    }
+}

@@ -1,6 +1,7 @@
 //! qcow2 against QEMU's own tools.
 
 mod check;
+mod crash;
 mod create;
 mod disk;
 mod faults;

@@ -28,6 +28,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     let source = Asked { cache: source_cache, ..asked }.open(handle).await?;
     refuse_own_source(&source, &arguments.target)?;
     let (target, opened) = target::make(&arguments.target, arguments.force, cache(arguments.target_cache))?;
+    file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let done = copy(handle, arguments, plan, &source, &target, file).await;
     match done {

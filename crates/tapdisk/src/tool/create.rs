@@ -31,6 +31,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
         }
     };
     let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered)?;
+    file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let failed = || format!("cannot make {}", path.display());
     plan.make(&file, bytes, below).await.with_context(failed)?;

@@ -45,6 +45,11 @@ async fn gather(layer: &Layer) -> anyhow::Result<Facts> {
         // stat(2) counts in units of 512 bytes, whatever the file system's are.
         ("actual-size", (found.blocks() * 512).into()),
     ];
+    let is_dirty = match &layer.header {
+        Header::Qcow2(header) => header.is_dirty(),
+        Header::Raw { .. } | Header::Qcow(_) | Header::Vhd(_) => false,
+    };
+    facts.push(("dirty-flag", is_dirty.into()));
     let specific = |data: Vec<(String, Value)>| json!({ "type": layer.header.format().name(), "data": data.into_iter().collect::<Map<_, _>>() });
     let own = match &layer.header {
         Header::Raw { .. } => None,
@@ -55,7 +60,6 @@ async fn gather(layer: &Layer) -> anyhow::Result<Facts> {
         }
         Header::Qcow2(header) => {
             facts.push(("cluster-size", header.cluster_size().into()));
-            facts.push(("dirty-flag", header.is_dirty().into()));
             let snapshots = qcow2::snapshots(&file.storage, header).await;
             let snapshots = snapshots.with_context(|| format!("cannot read the snapshots of {path}"))?;
             if !snapshots.is_empty() {

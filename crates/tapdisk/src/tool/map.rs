@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use anyhow::Context;
 use block::Span;
+use image::Format;
 use image::tool::{self, Mapped};
 use runtime::Handle;
 use serde::Serialize;
@@ -26,7 +27,12 @@ pub(super) async fn run(handle: &Handle, arguments: &Map) -> anyhow::Result<()> 
     if !is_json {
         out.text.push_str("Offset          Length          Mapped to       File\n");
     }
-    tool::map(&disk.chain, span, &disk.flat(), |mapped| -> anyhow::Result<()> {
+    tool::map(&disk.chain, span, &disk.flat(), |mut mapped| -> anyhow::Result<()> {
+        // In version 1 of qcow nothing is said to be zero: what reads so is not there.
+        let layer = disk.layers.get(mapped.depth);
+        if mapped.is_zero && layer.is_some_and(|layer| layer.header.format() == Format::Qcow) {
+            mapped.is_present = false;
+        }
         if is_json {
             out.object(&mapped)?
         } else {

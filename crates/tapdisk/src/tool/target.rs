@@ -49,8 +49,12 @@ pub(super) fn make(path: &Path, force: bool, cache: Cache) -> anyhow::Result<(Ta
         Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
     }
     let part = part_of(&path)?;
+    let was_there = part.exists();
     let opened = file::open(&part, &Options { create: Some(SOME), ..options }).map_err(|error| {
         let is_busy = matches!(error, OpenError::Busy { .. });
+        if !is_busy && !was_there {
+            drop(Target { path: path.clone(), part: Some(part.clone()), replaced: None });
+        }
         let hint = if is_busy { ": somebody is just making this image" } else { "" };
         anyhow::Error::from(error).context(format!("cannot make {}{hint}", path.display()))
     })?;
@@ -107,6 +111,7 @@ impl Drop for Target {
     fn drop(&mut self) {
         if let Some(part) = &self.part
             && let Err(error) = std::fs::remove_file(part)
+            && error.kind() != io::ErrorKind::NotFound
         {
             eprintln!("tapdisk: {} stays behind, incomplete: {error}", part.display());
         }

