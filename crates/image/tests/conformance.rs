@@ -198,7 +198,7 @@ impl Kind {
         let report = match self.format {
             Format::Raw => return,
             Format::Qcow => qcow::check(&image, Repair::No).await.unwrap(),
-            Format::Qcow2 => return,
+            Format::Qcow2 => qcow2::check(&image, Repair::No).await.unwrap(),
             Format::Vhd => vhd::check(&image, Repair::No).await.unwrap(),
         };
         assert!(report.is_clean(), "{self:?}: {report:?}");

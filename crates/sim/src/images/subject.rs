@@ -279,7 +279,8 @@ impl Subject {
     ) -> Result<Option<Report>, ImageError> {
         let files = Files::new(world);
         match &self.kind {
-            Kind::Raw | Kind::Qcow2 { .. } => Ok(None),
+            Kind::Raw => Ok(None),
+            Kind::Qcow2 { .. } => qcow2::check(&files.image, repair).await.map(Some),
             #[cfg(test)]
             Kind::Toy(_) => toy::check(&files.image, repair).await.map(Some),
             Kind::Vhd { .. } => vhd::check(&files.image, repair).await.map(Some),
