@@ -47,6 +47,8 @@ pub struct Qcow2 {
     /// Taken by who makes the data file longer.
     pub(super) lengthening: Permits,
     limits: Limits,
+    /// Bytes of the file when the image was opened.
+    opened_len: u64,
 }
 
 impl Qcow2 {
@@ -75,6 +77,7 @@ impl Qcow2 {
             zeroes: header.version > 2,
             external: data.is_some(),
         };
+        let opened_len = file.size();
         let metadata = Metadata::new(
             handle,
             file.clone(),
@@ -124,6 +127,7 @@ impl Qcow2 {
             unpacking: Units::default(),
             lengthening: Permits::new(1),
             limits,
+            opened_len,
         })
     }
 
@@ -279,7 +283,8 @@ impl Qcow2 {
         if !self.health.is_writable() {
             return Ok(());
         }
-        let end = allocator.end().await?;
+        // Not of what was there when it was opened: the counts of that are another program's word.
+        let end = allocator.end().await?.max(self.opened_len);
         let file = self.metadata.file();
         if end < file.size() {
             file.resize(end)

@@ -37,7 +37,7 @@ pub use extension::{Bitmaps, Extensions, Feature, FeatureKind};
 pub use header::{Compression, Header, autoclear, compatible, incompatible};
 pub use image::Qcow2;
 pub use info::info;
-pub use pack::{Packed, Packer, pack};
+pub use pack::{Compressor, Packed, Packer};
 pub use prepare::prepare;
 pub use resize::resize;
 pub use snapshot::{Snapshot, apply_snapshot, delete_snapshot, find, snapshots, take_snapshot};

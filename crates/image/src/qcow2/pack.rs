@@ -33,29 +33,64 @@ pub enum Packed {
     Plain,
 }
 
-/// Compresses a cluster. May run on any thread.
-///
-/// # Errors
-/// The compressor's, of which none is expected.
-pub fn pack(how: Compression, cluster: &[u8]) -> std::io::Result<Packed> {
-    if cluster.iter().all(|byte| *byte == 0) {
-        return Ok(Packed::Zero);
+/// What compresses clusters, one after the other. Each thread has one: its memory is large, and is used again.
+pub struct Compressor {
+    with: With,
+    /// Room for a cluster.
+    small: Vec<u8>,
+}
+
+enum With {
+    Deflate(flate2::Compress),
+    Zstd(zstd::bulk::Compressor<'static>),
+}
+
+impl Compressor {
+    /// One for clusters that are compressed so.
+    ///
+    /// # Errors
+    /// The compressor's, of which none is expected.
+    pub fn new(how: Compression) -> std::io::Result<Compressor> {
+        let with = match how {
+            Compression::Zlib => {
+                let level = flate2::Compression::default();
+                With::Deflate(flate2::Compress::new_with_window_bits(level, false, WINDOW_BITS))
+            }
+            Compression::Zstd => With::Zstd(zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL)?),
+        };
+        Ok(Compressor { with, small: Vec::new() })
     }
-    // What does not fit the room of a cluster did not become smaller.
-    let mut small = Vec::with_capacity(cluster.len());
-    let is_smaller = match how {
-        Compression::Zlib => {
-            let level = flate2::Compression::default();
-            let mut compress = flate2::Compress::new_with_window_bits(level, false, WINDOW_BITS);
-            let status = compress.compress_vec(cluster, &mut small, FlushCompress::Finish)?;
-            status == flate2::Status::StreamEnd
+
+    /// Compresses a cluster.
+    ///
+    /// # Errors
+    /// As of [`Compressor::new`].
+    pub fn pack(&mut self, cluster: &[u8]) -> std::io::Result<Packed> {
+        if is_zero(cluster) {
+            return Ok(Packed::Zero);
         }
-        Compression::Zstd => {
-            small = zstd::bulk::compress(cluster, zstd::DEFAULT_COMPRESSION_LEVEL)?;
-            true
-        }
-    };
-    Ok(if is_smaller && small.len() < cluster.len() { Packed::Smaller(small) } else { Packed::Plain })
+        self.small.clear();
+        let is_smaller = match &mut self.with {
+            With::Deflate(compress) => {
+                // What does not fit the room of a cluster did not become smaller.
+                self.small.reserve_exact(cluster.len());
+                compress.reset();
+                let status = compress.compress_vec(cluster, &mut self.small, FlushCompress::Finish)?;
+                status == flate2::Status::StreamEnd
+            }
+            With::Zstd(compress) => {
+                self.small.reserve_exact(zstd::zstd_safe::compress_bound(cluster.len()));
+                compress.compress_to_buffer(cluster, &mut self.small)?;
+                true
+            }
+        };
+        let is_smaller = is_smaller && self.small.len() < cluster.len();
+        Ok(if is_smaller { Packed::Smaller(self.small.clone()) } else { Packed::Plain })
+    }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(4096).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// An image in the making. It does no I/O but at its begin and end: what is to be written is taken from it.

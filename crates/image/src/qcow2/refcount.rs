@@ -33,6 +33,8 @@ const TABLE_FIELDS_AT: u64 = 48;
 const STEP_CLUSTERS: u64 = 64;
 const STEP_MIN: u64 = 1 << 20;
 const STEP_MAX: u64 = 64 << 20;
+/// Clusters behind the file's end that may be counted as in use: a crash leaves some.
+const SKIPPED_MAX: u64 = 1 << 22;
 /// Most bytes that are written in one piece.
 const PIECE: usize = 1 << 20;
 
@@ -334,22 +336,25 @@ impl Allocator {
 
     /// Gives out clusters behind all that were in use.
     async fn extend(&self, most: u64) -> Result<Allocated> {
-        loop {
+        let step = self.width.per_block(self.cluster().min(4096));
+        let mut skipped = 0;
+        while skipped < SKIPPED_MAX {
             let from = self.fresh.get();
             let Some(block) = self.block_of(from).await? else {
                 // That one is in use then, at least.
                 self.make_block(from).await?;
                 continue;
             };
-            let block_end = (from / self.per_block() + 1).saturating_mul(self.per_block());
-            let to = from.saturating_add(most).min(block_end);
+            let to = (from / step + 1).saturating_mul(step);
             let counts = self.load(block, &(from..to)).await?;
             // What is counted and beyond the file's end was lost at a crash, and so was what would point to it.
             let is_free = |cluster: &u64| self.count(block, *cluster) == 0;
             let Some(start) = (from..to).find(is_free) else {
                 self.fresh.set(to);
+                skipped += to - from;
                 continue;
             };
+            let to = start.saturating_add(most).min(to);
             let end = (start..to).find(|cluster| !is_free(cluster)).unwrap_or(to);
             drop(counts);
             let blank = start >= self.blank_from.get();
@@ -357,6 +362,8 @@ impl Allocator {
             self.fresh.set(end);
             return Ok(allocated);
         }
+        let what = format!("{skipped} clusters and more behind the file's end are counted as in use");
+        Err(self.health.corrupt(what).await)
     }
 
     /// Makes the file at least so long, and somewhat longer, so that not each cluster needs that.
@@ -581,7 +588,9 @@ impl Allocator {
     /// Those of reading counts.
     pub(super) async fn end(&self) -> Result<u64> {
         let _permit = self.allocating.take().await;
-        let mut index = self.table.borrow().blocks.len() as u64;
+        // What is counted behind the file's end is nothing to cut off.
+        let there = self.metadata.file().size().div_ceil(self.cluster()).div_ceil(self.per_block());
+        let mut index = there.min(self.table.borrow().blocks.len() as u64);
         while index > 0 {
             index -= 1;
             let Some(block) = self.block_of(index * self.per_block()).await? else { continue };

@@ -13,7 +13,7 @@ use storage::Storage;
 use super::pump::Pump;
 use super::{PIECE, ToolError, Watch, next_piece};
 use crate::ImageError;
-use crate::qcow2::{Compression, Packed, Packer, pack as pack_cluster};
+use crate::qcow2::{Compression, Compressor, Packed, Packer};
 
 /// Pieces that wait for each thread.
 const PIECES_EACH: usize = 3;
@@ -49,7 +49,6 @@ impl Drop for Reply {
 struct Job {
     piece: Piece,
     cluster: usize,
-    how: Compression,
     reply: Reply,
 }
 
@@ -60,17 +59,18 @@ struct Threads {
 }
 
 impl Threads {
-    fn start() -> std::io::Result<Threads> {
+    fn start(how: Compression) -> std::io::Result<Threads> {
         let count = std::thread::available_parallelism().map_or(1, NonZero::get);
         let (jobs, receiver) = sync_channel(count * PIECES_EACH);
         let receiver: Arc<Mutex<Receiver<Job>>> = Arc::new(Mutex::new(receiver));
         for number in 0..count {
             let receiver = receiver.clone();
+            let mut compressor = Compressor::new(how)?;
             std::thread::Builder::new().name(format!("compress-{number}")).spawn(move || {
                 loop {
                     let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     match next {
-                        Ok(job) => job.run(),
+                        Ok(job) => job.run(&mut compressor),
                         Err(_ended) => return,
                     }
                 }
@@ -81,9 +81,9 @@ impl Threads {
 }
 
 impl Job {
-    fn run(self) {
-        let Job { mut piece, cluster, how, reply } = self;
-        let packed = piece.bytes.chunks(cluster).map(|bytes| pack_cluster(how, bytes));
+    fn run(self, compressor: &mut Compressor) {
+        let Job { mut piece, cluster, reply } = self;
+        let packed = piece.bytes.chunks(cluster).map(|bytes| compressor.pack(bytes));
         match packed.collect::<std::io::Result<Vec<Packed>>>() {
             Ok(packed) => {
                 piece.packed = packed;
@@ -108,7 +108,8 @@ pub async fn pack(
     file: &Rc<dyn Storage>,
     watch: &Rc<dyn Watch>,
 ) -> Result<(), ToolError> {
-    let threads = Threads::start().map_err(|error| {
+    let packer = Packer::new(file).await.map_err(refused)?;
+    let threads = Threads::start(packer.compression()).map_err(|error| {
         let errno = Errno::from_std(&error);
         ToolError::Target(Error::new(errno, "start threads that compress"))
     })?;
@@ -116,7 +117,7 @@ pub async fn pack(
         handle,
         source: source.clone(),
         file: file.clone(),
-        packer: Packer::new(file).await.map_err(refused)?,
+        packer,
         waiting: VecDeque::new(),
         threads,
     };
@@ -183,7 +184,7 @@ impl Packing<'_> {
         let reply = Reply(Some(mailbox.sender()));
         self.waiting.push_back(mailbox);
         let (handle, source, jobs) = (self.handle.clone(), self.source.clone(), self.threads.jobs.clone());
-        let (cluster, how) = (self.packer.cluster_size() as usize, self.packer.compression());
+        let cluster = self.packer.cluster_size() as usize;
         self.handle.spawn(async move {
             let buf = handle.pool().take(span.len() as usize);
             if let Err(error) = source.read(span.at(), buf.clone()).await {
@@ -194,7 +195,7 @@ impl Packing<'_> {
             buf.get(0, &mut bytes[..buf.len()]);
             let piece = Piece { span, bytes, packed: Vec::new() };
             // There is room: no more pieces are under way than the channel holds.
-            if let Err(lost) = jobs.try_send(Job { piece, cluster, how, reply }) {
+            if let Err(lost) = jobs.try_send(Job { piece, cluster, reply }) {
                 drop(lost); // which says so
             }
         });

@@ -299,12 +299,15 @@ impl Blocks {
         let place = Place(u64::from(entry) * SECTOR);
         let data = place.0 + self.bitmap;
         let at = data + skip;
-        if data + self.block() > self.limit.get() {
-            if self.writable {
+        let limit = self.limit.get();
+        // Where its footer could not be put back, a file may end before its blocks do.
+        let end = limit.min(self.file().size());
+        if data + self.block() > end {
+            if self.writable && data + self.block() > limit {
                 return None;
             }
             // The last block of an image that was not closed may end with the file: what is beyond was never written.
-            match self.limit.get().checked_sub(at) {
+            match end.checked_sub(at) {
                 None | Some(0) => return Some(self.nothing(len)),
                 Some(there) => len = len.min(there),
             }

@@ -27,6 +27,8 @@ impl Blocks {
     /// The place of bytes that have theirs, if that is known from what is in memory.
     pub(super) fn shown(&self, span: Span) -> Option<Placement> {
         match self.look(span)? {
+            // A file that ends before what its table points to is not written there.
+            crate::Extent::Data { at, len, .. } if at + len > self.metadata.file().size() => None,
             crate::Extent::Data { at, len, pin } => {
                 Some(Placement::shown(at, len, pin.map(|pin| Box::new(pin) as Box<dyn Any>)))
             }
@@ -74,6 +76,13 @@ impl Blocks {
                 _bitmap: Some(bitmap),
             };
             let at = place.0 + self.bitmap + skip;
+            let (end, size) = (at + len + after, self.metadata.file().size());
+            if end > size {
+                let doing = format!(
+                    "write to block {block}, which ends at {end} in a file of {size} bytes: `tapdisk check` says more"
+                );
+                return Err(Error::new(Errno::EIO, doing));
+            }
             return Ok(Placement { at, len, before, after, blank: false, keep: Some(Box::new(pending)) });
         }
     }

@@ -340,11 +340,11 @@ fn run_all(case: &Case) {
     let count = run_with(case, None);
     assert!(count > 20, "{count} operations cannot be all");
     // Each of the first, and then some of them, so that all of it takes seconds.
-    let stride = (count / 60).max(1);
-    for number in (0..count.min(60)).chain((60..count).step_by(stride as usize)) {
+    let stride = (count / 25).max(1);
+    for number in (0..count.min(40)).chain((40..count).step_by(stride as usize)) {
         run_with(case, Some(Fault::Once(number, [Errno::ENOSPC, Errno::EIO][number as usize % 2])));
     }
-    for number in (0..count).step_by(stride as usize * 3) {
+    for number in (0..count).step_by(stride as usize * 2) {
         run_with(case, Some(Fault::From(number, [Errno::EIO, Errno::ENOSPC][number as usize % 2])));
     }
 }

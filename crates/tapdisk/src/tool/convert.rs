@@ -12,6 +12,7 @@ use storage::Storage;
 use storage::file::{self, File};
 
 use super::disk::{Access, Asked, Disk};
+use super::late::Late;
 use super::plan::Plan;
 use super::progress::Progress;
 use super::target::{self, Target};
@@ -30,7 +31,11 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     let (target, opened) = target::make(&arguments.target, arguments.force, cache(arguments.target_cache))?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
-    let done = copy(handle, arguments, plan, &source, &target, file).await;
+    let late: Rc<dyn Storage> = Rc::new(Late(file.clone()));
+    let mut done = copy(handle, arguments, plan, &source, &target, late).await;
+    if done.is_ok() {
+        done = file.flush().await.map_err(|error| ToolError::Target(error).into());
+    }
     match done {
         Ok(()) => target.finish(),
         Err(error) => {

@@ -27,7 +27,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Info) -> anyhow::Result<()>
         let whole = if arguments.chain { objects.into() } else { objects.swap_remove(0) };
         return crate::print(format!("{whole:#}\n").as_bytes());
     }
-    let texts: Vec<String> = facts.iter().map(|facts| describe(facts)).collect();
+    let texts: Vec<String> = facts.iter().map(describe).collect();
     crate::print(texts.join("\n").as_bytes())
 }
 

@@ -6,6 +6,7 @@ mod convert;
 mod create;
 mod disk;
 mod info;
+mod late;
 mod map;
 mod options;
 mod plan;
