@@ -52,10 +52,7 @@ impl Compressor {
     /// The compressor's, of which none is expected.
     pub fn new(how: Compression) -> std::io::Result<Compressor> {
         let with = match how {
-            Compression::Zlib => {
-                let level = flate2::Compression::default();
-                With::Deflate(flate2::Compress::new_with_window_bits(level, false, WINDOW_BITS))
-            }
+            Compression::Zlib => With::Deflate(deflate()),
             Compression::Zstd => With::Zstd(zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL)?),
         };
         Ok(Compressor { with, small: Vec::new() })
@@ -70,23 +67,29 @@ impl Compressor {
             return Ok(Packed::Zero);
         }
         self.small.clear();
-        let is_smaller = match &mut self.with {
+        match &mut self.with {
             With::Deflate(compress) => {
-                // What does not fit the room of a cluster did not become smaller.
-                self.small.reserve_exact(cluster.len());
+                // Room for bytes that do not become fewer, too: a stream that ends is one after which the next can begin.
+                self.small.reserve_exact(cluster.len() + cluster.len() / 4 + 256);
                 compress.reset();
                 let status = compress.compress_vec(cluster, &mut self.small, FlushCompress::Finish)?;
-                status == flate2::Status::StreamEnd
+                if status != flate2::Status::StreamEnd {
+                    *compress = deflate();
+                    return Ok(Packed::Plain);
+                }
             }
             With::Zstd(compress) => {
                 self.small.reserve_exact(zstd::zstd_safe::compress_bound(cluster.len()));
                 compress.compress_to_buffer(cluster, &mut self.small)?;
-                true
             }
-        };
-        let is_smaller = is_smaller && self.small.len() < cluster.len();
+        }
+        let is_smaller = self.small.len() < cluster.len();
         Ok(if is_smaller { Packed::Smaller(self.small.clone()) } else { Packed::Plain })
     }
+}
+
+fn deflate() -> flate2::Compress {
+    flate2::Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS)
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
@@ -385,5 +388,43 @@ impl Packer {
             file.flush().await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use storage::conformance::Random;
+
+    use super::*;
+    use crate::qcow2::packed::unpack;
+
+    #[test]
+    fn one_compressor_serves_all_clusters_whatever_came_before() {
+        for how in [Compression::Zlib, Compression::Zstd] {
+            for cluster in [512, 4096, 65536] {
+                let mut compressor = Compressor::new(how).unwrap();
+                let mut random = Random(cluster as u64);
+                for step in 0..60_u64 {
+                    // Of each kind some: noise, words, a mixture, zeroes.
+                    let noise = match step % 4 {
+                        0 => cluster,
+                        1 => 0,
+                        2 => random.below(cluster as u64) as usize,
+                        _ => 0,
+                    };
+                    let word = if step % 4 == 3 { 0 } else { step as u8 | 1 };
+                    let mut bytes = vec![word; cluster];
+                    bytes[..noise].iter_mut().for_each(|byte| *byte = random.below(256) as u8);
+                    match compressor.pack(&bytes).unwrap() {
+                        Packed::Zero => assert!(bytes.iter().all(|byte| *byte == 0)),
+                        Packed::Smaller(small) => {
+                            assert!(small.len() < cluster && step % 4 != 0, "step {step}");
+                            assert!(unpack(how, &small, cluster).unwrap() == bytes, "step {step}");
+                        }
+                        Packed::Plain => assert!(step % 4 == 0 || noise > 0, "step {step}"),
+                    }
+                }
+            }
+        }
     }
 }

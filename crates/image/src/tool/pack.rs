@@ -127,6 +127,18 @@ pub async fn pack(
     packing.packer.finish(file).await.map_err(refused)
 }
 
+/// Takes the first `len` bytes away, or all that there are.
+fn forget(runs: &mut VecDeque<Run>, mut len: u64) {
+    while let Some(run) = runs.front_mut() {
+        if run.len > len {
+            run.len -= len;
+            return;
+        }
+        len -= run.len;
+        runs.pop_front();
+    }
+}
+
 /// What of an image cannot be, on the way of storage's errors.
 fn refused(error: ImageError) -> ToolError {
     match error {
@@ -154,23 +166,27 @@ impl Packing<'_> {
     async fn run(&mut self, pump: &Pump) -> Result<(), ToolError> {
         let unit = PIECE.max(self.packer.cluster_size());
         let mut rest = Span::new(0, self.source.size()).expect("a disk is smaller than 8 EiB");
+        // What is known of the first bytes of `rest`.
+        let mut known: VecDeque<Run> = VecDeque::new();
         while !rest.is_empty() {
-            let runs = self.source.extents(rest).await.map_err(ToolError::Source)?;
-            let zeroes: u64 = runs.iter().take_while(|run| run.zero).map(|Run { len, .. }| *len).sum();
-            // Whole pieces of zeroes are passed by; where there is anything in one, all of it is read.
-            let skipped =
-                if zeroes == rest.len() { rest } else { rest.split_at((rest.at() + zeroes) / unit * unit).0 };
-            pump.skip(skipped.len())?;
-            rest = rest.split_at(skipped.end()).1;
-            if rest.is_empty() || !skipped.is_empty() {
+            let Some(first) = known.front() else {
+                known = self.source.extents(rest).await.map_err(ToolError::Source)?.into();
+                continue;
+            };
+            // Whole pieces of zeroes are passed by; where there is anything else in one, all of it is read.
+            let end = rest.at() + if first.zero { first.len } else { 0 };
+            let zeroes = rest.split_at(if end == rest.end() { end } else { end / unit * unit }).0;
+            let passed = if zeroes.is_empty() { next_piece(rest, unit).0 } else { zeroes };
+            rest = rest.split_at(passed.end()).1;
+            forget(&mut known, passed.len());
+            if !zeroes.is_empty() {
+                pump.skip(zeroes.len())?;
                 continue;
             }
-            let (piece, others) = next_piece(rest, unit);
-            rest = others;
             if self.waiting.len() >= self.threads.count * PIECES_EACH {
                 self.take_first(pump).await?;
             }
-            self.start(piece);
+            self.start(passed);
         }
         while !self.waiting.is_empty() {
             self.take_first(pump).await?;
