@@ -1,6 +1,6 @@
 //! 2006: a guest writes 1 GB to a sparse disk of 1 GiB on a file system of the host that has 200 MB free.
 
-use crate::command::{run, until, wait_while};
+use crate::command::{run, target, until, wait_while};
 use crate::lab::disk_full::{FREE, SIZE, allocated, mib};
 use crate::lab::ground::Ground;
 use crate::lab::guest_log;
@@ -92,13 +92,18 @@ impl Full {
         number.and_then(|number| boot.grounds.get(number)).context("a disk on a file system of its own")
     }
 
-    /// Whoever serves it ends in order; then the image must be sound, as its format's own tool finds it. VHD has none.
+    /// Whoever serves it ends in order; then the image must be sound, as QEMU finds where it can tell, and tapdisk.
     fn must_be_sound(self, boot: &mut Boot<'_>) -> Result<()> {
         let server = boot.server(self.server)?;
         server.stop()?;
-        if ["qcow2", "qcow"].contains(&self.format) {
-            let image = server.plan().image.clone();
-            run(Command::new("qemu-img").args(["check", "-q", "-f", self.format]).arg(image))?;
+        let image = server.plan().image.clone();
+        if self.format == "qcow2" {
+            run(Command::new("qemu-img").args(["check", "-q", "-f", self.format]).arg(&image))?;
+        }
+        if self.format != "raw" {
+            run(Command::new(target()?.join("release/tapdisk"))
+                .args(["check", "-f", self.format])
+                .arg(&image))?;
         }
         server.start_again()
     }
