@@ -63,20 +63,15 @@ impl Image {
 
     /// Leaves the disk quiet and the page cache full (or, for O_DIRECT, empty) whatever the last server did.
     pub(crate) fn settle(&self, cached: bool) -> Result<()> {
-        settle(&self.path, cached)
+        let mut file = File::open(&self.path)?;
+        file.sync_all()?;
+        if !cached {
+            return fadvise(&file, 0, None, Advice::DontNeed).context("drop the image from the page cache");
+        }
+        let mut bytes = vec![0; 1 << 20];
+        while file.read(&mut bytes)? > 0 {}
+        Ok(())
     }
-}
-
-/// See [`Image::settle`].
-pub(crate) fn settle(path: &Path, cached: bool) -> Result<()> {
-    let mut file = File::open(path)?;
-    file.sync_all()?;
-    if !cached {
-        return fadvise(&file, 0, None, Advice::DontNeed).context("drop the image from the page cache");
-    }
-    let mut bytes = vec![0; 1 << 20];
-    while file.read(&mut bytes)? > 0 {}
-    Ok(())
 }
 
 impl Drop for Image {

@@ -12,7 +12,6 @@ use clap::Parser;
 
 use crate::cell::{CELLS, Cell, Direction, Figures};
 use crate::cpu::Meter;
-use crate::form::Form;
 use crate::image::{Contents, Image};
 use crate::load::Span;
 use crate::peer::{Backend, PINNED, Peer, Places, Protocol};
@@ -23,7 +22,6 @@ mod cell;
 mod client;
 mod cpu;
 mod device;
-mod form;
 mod histogram;
 mod ideal;
 mod image;
@@ -206,11 +204,10 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
         let entered: Vec<&Contestant> =
             contestants.iter().filter(|contestant| contestant.enters(backend)).collect();
         let mut table = Table::new(entered.iter().map(|contestant| contestant.entrant()));
-        if backend.has_file() || backend.form().is_some() {
+        if backend.has_file() {
             image.stamp()?;
         }
-        let has = |cell: &&usize| backend.form().is_none_or(|form| form.has(&CELLS[**cell]));
-        for &cell in cells.iter().filter(has) {
+        for &cell in &cells {
             eprintln!("{} {}", backend.name(), CELLS[cell].name);
             for round in 0..rounds {
                 for turn in 0..entered.len() {
@@ -230,9 +227,6 @@ fn contest(arguments: Arguments) -> Result<ExitCode> {
                     }
                 }
             }
-        }
-        if let Some(form) = backend.form() {
-            form.remove(&image.path)?;
         }
         text += &format!("\n## {}\n\n{}\n{}", backend.name(), table.overview(), table.details());
         let lost = table.lost();
@@ -318,37 +312,18 @@ fn measure(
         }
         Contestant::Server(peer) => peer,
     };
-    let form = backend.form();
-    if let Some(form) = form {
-        form.prepare(&image.path)?;
-    }
-    let formed = form.map(|form| form.path(&image.path));
-    let places = &Places {
-        image: formed.as_deref().unwrap_or(places.image),
-        socket: places.socket.clone(),
-        config: places.config.clone(),
-        ..*places
-    };
     let command = peer.command(backend, places)?.context("no such back end")?;
     let (server, mut client) = Server::start(command, &places.socket, || peer.connect(&places.socket))?;
     let contents = match backend {
-        Backend::Null | Backend::ThinQcow2 | Backend::ThinVhd => Contents::Unknown,
-        Backend::Ram
-        | Backend::Cached
-        | Backend::Direct
-        | Backend::Qcow2
-        | Backend::Vhd
-        | Backend::Chain1
-        | Backend::Chain8
-        | Backend::Chain30 => Contents::Stamped,
+        Backend::Null => Contents::Unknown,
+        Backend::Ram | Backend::Cached | Backend::Direct => Contents::Stamped,
     };
     if backend == Backend::Ram {
         load::write_all(client, &CELLS[CELLS.len() - 1])?;
         client = peer.connect(&places.socket)?;
     }
     let size = client.size();
-    let expected = form.map_or(image::SIZE, Form::size);
-    ensure!(size == expected, "the disk has {size} bytes instead of {expected}");
+    ensure!(size == image::SIZE, "the disk has {size} bytes instead of {}", image::SIZE);
     let meter = Meter::of(server.pid())?;
     load::run(client, cell, contents, span, &meter)
         .with_context(|| format!("the server said {:?}", server.said()))

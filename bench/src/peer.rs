@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail};
 
 use crate::client;
 use crate::device::Device;
-use crate::form::Form;
 
 /// What a server keeps its bytes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -20,20 +19,6 @@ pub(crate) enum Backend {
     Cached,
     /// The same file, past the page cache.
     Direct,
-    /// A qcow2 image that is full, past the page cache.
-    Qcow2,
-    /// A dynamic VHD image that is full, past the page cache.
-    Vhd,
-    /// A qcow2 image that is empty: first writes.
-    ThinQcow2,
-    /// A dynamic VHD image that is empty: first writes.
-    ThinVhd,
-    /// A full qcow2 image under an empty one.
-    Chain1,
-    /// A full qcow2 image under eight empty ones.
-    Chain8,
-    /// A full qcow2 image under thirty empty ones.
-    Chain30,
 }
 
 impl Backend {
@@ -43,33 +28,13 @@ impl Backend {
             Backend::Ram => "ram",
             Backend::Cached => "cached",
             Backend::Direct => "direct",
-            Backend::Qcow2 => "qcow2",
-            Backend::Vhd => "vhd",
-            Backend::ThinQcow2 => "thin qcow2",
-            Backend::ThinVhd => "thin vhd",
-            Backend::Chain1 => "chain of 1",
-            Backend::Chain8 => "chain of 8",
-            Backend::Chain30 => "chain of 30",
         }
     }
 
-    /// Whether it is the raw file.
     pub(crate) fn has_file(self) -> bool {
-        matches!(self, Backend::Cached | Backend::Direct)
-    }
-
-    /// What its image is like, if that is not raw.
-    pub(crate) fn form(self) -> Option<Form> {
-        let form = |driver, thin, overlays| Some(Form { driver, thin, overlays });
         match self {
-            Backend::Null | Backend::Ram | Backend::Cached | Backend::Direct => None,
-            Backend::Qcow2 => form("qcow2", false, 0),
-            Backend::Vhd => form("vpc", false, 0),
-            Backend::ThinQcow2 => form("qcow2", true, 0),
-            Backend::ThinVhd => form("vpc", true, 0),
-            Backend::Chain1 => form("qcow2", false, 1),
-            Backend::Chain8 => form("qcow2", false, 8),
-            Backend::Chain30 => form("qcow2", false, 30),
+            Backend::Null | Backend::Ram => false,
+            Backend::Cached | Backend::Direct => true,
         }
     }
 }
@@ -120,8 +85,6 @@ pub(crate) struct Peer {
     ram: String,
     cached: String,
     direct: String,
-    /// An image of QEMU's driver `{driver}`.
-    formed: String,
 }
 
 /// The servers known by name, ours first.
@@ -141,7 +104,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: "{tapdisk} serve ram:1G --nbd unix:{socket}".into(),
             cached: "{tapdisk} serve {image} --nbd unix:{socket} --cache buffered".into(),
             direct: "{tapdisk} serve {image} --nbd unix:{socket} --cache direct".into(),
-            formed: "{tapdisk} serve {image} --nbd unix:{socket} --cache direct".into(),
         },
         Peer {
             name: "qemu-nbd".into(),
@@ -153,7 +115,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: String::new(),
             cached: "qemu-nbd --persistent -k {socket} -f raw --cache=writeback --aio=io_uring {image}".into(),
             direct: "qemu-nbd --persistent -k {socket} -f raw --cache=none --aio=io_uring {image}".into(),
-            formed: String::new(),
         },
         Peer {
             name: "qemu-storage-daemon".into(),
@@ -175,12 +136,6 @@ pub(crate) fn known() -> Vec<Peer> {
                      --nbd-server addr.type=unix,addr.path={socket} \
                      --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
                 .into(),
-            formed: "qemu-storage-daemon --object iothread,id=thread \
-                     --blockdev file,node-name=file,filename={image},cache.direct=on,aio=io_uring \
-                     --blockdev {driver},node-name=disk,file=file,cache.direct=on \
-                     --nbd-server addr.type=unix,addr.path={socket} \
-                     --export nbd,id=disk,node-name=disk,writable=on,iothread=thread"
-                .into(),
         },
         Peer {
             name: "nbdkit".into(),
@@ -192,7 +147,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: "nbdkit -f -U {socket} memory 1G allocator=malloc".into(),
             cached: "nbdkit -f -U {socket} file {image}".into(),
             direct: String::new(), // its file plugin has no O_DIRECT
-            formed: String::new(),
         },
         Peer {
             name: "nbd-server".into(),
@@ -204,7 +158,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: String::new(),
             cached: "nbd-server -d -C {config}".into(),
             direct: String::new(), // it has no O_DIRECT
-            formed: String::new(),
         },
         Peer {
             name: "tapdisk".into(),
@@ -216,7 +169,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: "{tapdisk} serve ram:1G --vhost-user {socket}".into(),
             cached: "{tapdisk} serve {image} --vhost-user {socket} --cache buffered".into(),
             direct: "{tapdisk} serve {image} --vhost-user {socket} --cache direct".into(),
-            formed: "{tapdisk} serve {image} --vhost-user {socket} --cache direct".into(),
         },
         Peer {
             name: PINNED.into(),
@@ -228,7 +180,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: String::new(),
             cached: "{tapdisk} serve {image} --vhost-user {socket} --pin-guest-memory --cache buffered".into(),
             direct: "{tapdisk} serve {image} --vhost-user {socket} --pin-guest-memory --cache direct".into(),
-            formed: String::new(),
         },
         Peer {
             name: "qemu-storage-daemon".into(),
@@ -247,11 +198,6 @@ pub(crate) fn known() -> Vec<Peer> {
                      --blockdev file,node-name=disk,filename={image},cache.direct=on,aio=io_uring \
                      --export vhost-user-blk,id=disk,node-name=disk,writable=on,iothread=thread,addr.type=unix,addr.path={socket}"
                 .into(),
-            formed: "qemu-storage-daemon --object iothread,id=thread \
-                     --blockdev file,node-name=file,filename={image},cache.direct=on,aio=io_uring \
-                     --blockdev {driver},node-name=disk,file=file,cache.direct=on \
-                     --export vhost-user-blk,id=disk,node-name=disk,writable=on,iothread=thread,addr.type=unix,addr.path={socket}"
-                .into(),
         },
         Peer {
             name: "cloud-hypervisor".into(),
@@ -263,7 +209,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: String::new(),
             cached: "vhost_user_block --block-backend path={image},socket={socket},direct=false,poll_queue=false".into(),
             direct: "vhost_user_block --block-backend path={image},socket={socket},direct=true,poll_queue=false".into(),
-            formed: String::new(),
         },
         Peer {
             name: "spdk".into(),
@@ -275,7 +220,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: String::new(),
             cached: String::new(), // its aio bdev opens files with O_DIRECT
             direct: "spdk_tgt -S {directory} -c {config} -m 0x2 --no-huge -s 512".into(),
-            formed: String::new(),
         },
         Peer {
             name: "ideal".into(),
@@ -287,7 +231,6 @@ pub(crate) fn known() -> Vec<Peer> {
             ram: String::new(),
             cached: String::new(),
             direct: String::new(),
-            formed: String::new(),
         },
     ]
 }
@@ -325,7 +268,7 @@ impl Peer {
         let Some((name, command)) = text.split_once('=') else {
             bail!("expected NAME=COMMAND, found {text:?}")
         };
-        let [null, ram, cached, direct, formed] = std::array::from_fn(|_| command.to_owned());
+        let [null, ram, cached, direct] = std::array::from_fn(|_| command.to_owned());
         Ok(Peer {
             name: name.into(),
             protocol,
@@ -336,7 +279,6 @@ impl Peer {
             ram,
             cached,
             direct,
-            formed,
         })
     }
 
@@ -359,13 +301,6 @@ impl Peer {
             Backend::Ram => &self.ram,
             Backend::Cached => &self.cached,
             Backend::Direct => &self.direct,
-            Backend::Qcow2
-            | Backend::Vhd
-            | Backend::ThinQcow2
-            | Backend::ThinVhd
-            | Backend::Chain1
-            | Backend::Chain8
-            | Backend::Chain30 => &self.formed,
         };
         (!template.is_empty()).then_some(template)
     }
@@ -376,8 +311,7 @@ impl Peer {
         if template.contains("{config}") {
             std::fs::write(&places.config, places.put(self.config)?)?;
         }
-        let driver = backend.form().map_or("raw", |form| form.driver);
-        places.command(&template.replace("{driver}", driver)).map(Some)
+        places.command(template).map(Some)
     }
 
     /// The first line of what it says about its version, or none if it is not installed.

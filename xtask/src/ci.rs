@@ -28,7 +28,6 @@ enum Part {
     Loom,
     Memory,
     Sim,
-    Images,
     Mutants,
     Faults,
     Fuzz,
@@ -48,7 +47,6 @@ impl Part {
             Part::Loom => "loom: every interleaving of a wake",
             Part::Memory => "memory: Miri, AddressSanitizer",
             Part::Sim => "sim: ten thousand seeds",
-            Part::Images => "images: ten thousand of them, whole after every death",
             Part::Mutants => "mutants: each known mistake is caught",
             Part::Faults => "faults: the binary on a file system that fails",
             Part::Fuzz => "fuzz: regressions, then new inputs for a while",
@@ -70,7 +68,6 @@ impl Part {
             Part::Loom => loom(),
             Part::Memory => memory(),
             Part::Sim => sim::seeds(0, 10_000),
-            Part::Images => sim::images(0, 10_000),
             Part::Mutants => sim::mutants(),
             Part::Faults => {
                 test(&mut cargo(["test", "--release", "--package", "faultfs", "--package", "tapdisk"]))

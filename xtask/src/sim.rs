@@ -12,28 +12,17 @@ pub(crate) struct Arguments {
     /// How many seeds in a row.
     #[arg(long, default_value_t = 1000)]
     runs: u64,
-    /// Images on storage that fails and dies, instead of disks on a kernel that fails.
-    #[arg(long)]
-    images: bool,
     /// Prove that the simulation bites: each known mistake must be caught.
     #[arg(long)]
     mutants: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    match arguments {
-        Arguments { mutants: true, .. } => mutants(),
-        Arguments { images: true, seed, runs, .. } => images(*seed, *runs),
-        Arguments { seed, runs, .. } => seeds(*seed, *runs),
-    }
+    if arguments.mutants { mutants() } else { seeds(arguments.seed, arguments.runs) }
 }
 
 pub(crate) fn seeds(seed: u64, runs: u64) -> Result<()> {
     run_command(&mut sim(["--seed", &seed.to_string(), "--runs", &runs.to_string()]))
-}
-
-pub(crate) fn images(seed: u64, runs: u64) -> Result<()> {
-    run_command(&mut sim(["--images", "--seed", &seed.to_string(), "--runs", &runs.to_string()]))
 }
 
 pub(crate) fn mutants() -> Result<()> {

@@ -78,10 +78,6 @@ impl Storage for Moody {
         Box::pin(async { Err(Error::new(Errno::EOPNOTSUPP, "grow")) })
     }
 
-    fn resize(&self, _bytes: u64) -> Io<'_> {
-        Box::pin(async { Err(Error::new(Errno::EOPNOTSUPP, "resize")) })
-    }
-
     fn poison(&self) -> Option<Error> {
         None
     }

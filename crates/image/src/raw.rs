@@ -5,7 +5,7 @@ use std::rc::Rc;
 use block::Span;
 use storage::{Io, Storage, Zeroing};
 
-use crate::{Extent, Image, Placement, Zeroed};
+use crate::{Extent, Image, Placement};
 
 /// A storage that is a disk as it is.
 pub struct Raw {
@@ -28,34 +28,22 @@ impl Image for Raw {
         &self.storage
     }
 
-    fn mapped(&self, span: Span) -> Option<Extent> {
-        Some(Extent::Data { at: span.at(), len: span.len(), pin: None })
-    }
-
     fn map(&self, span: Span) -> Io<'_, Extent> {
         let extent = Extent::Data { at: span.at(), len: span.len(), pin: None };
         Box::pin(std::future::ready(Ok(extent)))
     }
 
-    fn placed(&self, span: Span) -> Option<Placement> {
-        Some(Placement::shown(span.at(), span.len(), None))
-    }
-
     fn place(&self, span: Span) -> Io<'_, Placement> {
-        Box::pin(std::future::ready(Ok(Placement::shown(span.at(), span.len(), None))))
+        let placement = Placement { at: span.at(), len: span.len(), undo: None };
+        Box::pin(std::future::ready(Ok(placement)))
     }
 
     fn commit(&self, _placement: Placement) -> Io<'_> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn give_up(&self, _placement: Placement) {}
-
-    fn zero(&self, span: Span, how: Zeroing) -> Io<'_, Zeroed> {
-        Box::pin(async move {
-            self.storage.zero(span, how).await?;
-            Ok(Zeroed::Done { len: span.len() })
-        })
+    fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
+        self.storage.zero(span, how)
     }
 
     fn discard(&self, span: Span) -> Io<'_> {
@@ -68,13 +56,5 @@ impl Image for Raw {
 
     fn grow(&self) -> Io<'_, u64> {
         self.storage.grow()
-    }
-
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.storage.resize(bytes)
-    }
-
-    fn close(&self) -> Io<'_> {
-        self.storage.flush()
     }
 }

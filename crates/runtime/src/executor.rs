@@ -251,11 +251,6 @@ impl Handle {
         self.start(Io::Seek { fd: fd.clone(), at, what }, None)
     }
 
-    /// ftruncate(2): makes the file so many bytes long.
-    pub fn truncate(&self, fd: &Rc<Fd>, len: u64) -> Completion {
-        self.start(Io::Truncate { fd: fd.clone(), len }, None)
-    }
-
     /// posix_fadvise(2): these bytes will be read soon.
     pub fn will_need(&self, fd: &Rc<Fd>, span: Span) -> Completion {
         self.start(Io::WillNeed { fd: fd.clone(), span }, None)

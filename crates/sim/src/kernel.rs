@@ -33,7 +33,7 @@ pub(crate) enum Kind {
     SeekHole,
     SeekEnd,
     WillNeed,
-    /// Sockets: there are none here. Other sizes: simulated files keep theirs.
+    /// Sockets: there are none here.
     Other,
 }
 
@@ -341,8 +341,7 @@ impl Kernel {
             Io::Seek { at, what: Seek::Hole, .. } => (Kind::SeekHole, (*at, 0), None),
             Io::Seek { at, what: Seek::End, .. } => (Kind::SeekEnd, (*at, 0), None),
             Io::WillNeed { span, .. } => (Kind::WillNeed, span_of(*span), None),
-            Io::Truncate { .. }
-            | Io::Receive { .. }
+            Io::Receive { .. }
             | Io::Send { .. }
             | Io::Accept { .. }
             | Io::Poll { .. }

@@ -8,7 +8,6 @@ mod fate;
 mod fault;
 mod file;
 mod guest;
-pub mod images;
 mod kernel;
 mod model;
 pub mod mutants;

@@ -1,8 +1,6 @@
 //! `sim`: runs seeds one after the other until one fails.
 
 use std::process::ExitCode;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -23,9 +21,6 @@ struct Arguments {
     /// Stop after this many seconds.
     #[arg(long)]
     seconds: Option<u64>,
-    /// Images on storage that fails and dies, instead of disks on a kernel that fails.
-    #[arg(long, conflicts_with_all = ["mutants", "trace"])]
-    images: bool,
     /// Prove that the simulation bites: each known mistake must be caught.
     #[arg(long)]
     mutants: bool,
@@ -47,9 +42,6 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         };
-    }
-    if arguments.images {
-        return images(&arguments);
     }
     catch_panics();
     let started = Instant::now();
@@ -79,75 +71,6 @@ fn main() -> ExitCode {
         runs as f64 / seconds
     );
     ExitCode::SUCCESS
-}
-
-/// As many threads as there are processors take seeds from one counter.
-fn images(arguments: &Arguments) -> ExitCode {
-    sim::images::catch_panics();
-    let started = Instant::now();
-    let end = arguments.seed.saturating_add(arguments.runs);
-    let next = AtomicU64::new(arguments.seed);
-    let failed = AtomicBool::new(false);
-    let is_over = || {
-        let is_late = |seconds| started.elapsed() >= Duration::from_secs(seconds);
-        failed.load(Relaxed) || arguments.seconds.is_some_and(is_late)
-    };
-    let work = || {
-        let mut total = Total::default();
-        while !is_over() {
-            let seed = next.fetch_add(1, Relaxed);
-            if seed >= end {
-                break;
-            }
-            let outcome = sim::images::run(seed);
-            if seed.is_multiple_of(TWICE) && sim::images::run(seed) != outcome {
-                failed.store(true, Relaxed);
-                println!("seed {seed}: sim: the same seed gave another run\n{}", again_with_images(seed));
-            }
-            if let Some(what) = &outcome.failure {
-                failed.store(true, Relaxed);
-                println!(
-                    "{}\n\nseed {seed}: images: {what}\n{}",
-                    outcome.configuration,
-                    again_with_images(seed)
-                );
-            }
-            total.runs += 1;
-            total.operations += outcome.operations;
-            total.deaths += outcome.deaths;
-        }
-        total
-    };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let totals: Vec<Total> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
-    });
-    if failed.load(Relaxed) || totals.len() < threads {
-        return ExitCode::FAILURE;
-    }
-    let sum = |of: fn(&Total) -> u64| totals.iter().map(of).sum::<u64>();
-    let seconds = started.elapsed().as_secs_f64();
-    let runs = sum(|total| total.runs);
-    println!(
-        "{runs} images, {} operations, {} deaths, {seconds:.1} s, {:.0} images a second: all are whole",
-        sum(|total| total.operations),
-        sum(|total| total.deaths),
-        runs as f64 / seconds
-    );
-    ExitCode::SUCCESS
-}
-
-/// What a thread has done.
-#[derive(Default)]
-struct Total {
-    runs: u64,
-    operations: u64,
-    deaths: u64,
-}
-
-fn again_with_images(seed: u64) -> String {
-    format!("repeat it with: cargo xtask sim --images --seed {seed} --runs 1")
 }
 
 fn tell(seed: u64, report: &Report) {

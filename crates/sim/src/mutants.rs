@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 /// Seeds that each mistake has to survive to be a survivor.
 const SEEDS: &str = "2000";
 /// Beyond this a run counts as hanging, which is a catch too.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Sources that are copied; nothing else is needed to build the simulation.
 const COPIED: [&str; 7] = ["Cargo.toml", "Cargo.lock", "crates", "bench", "lab", "xtask", ".cargo"];
 
@@ -34,8 +34,6 @@ struct Mutant {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Catcher {
     Simulation,
-    /// The simulation of images.
-    Images,
     /// Unit tests of this crate whose name starts so.
     Tests {
         package: String,
@@ -135,8 +133,7 @@ impl Mutant {
     /// >>>>
     /// ```
     ///
-    /// with more files and texts as needed. Where no tests are named the simulation has to see it; that of images, where
-    /// there is `simulation: images` instead of tests.
+    /// with more files and texts as needed. Where no tests are named the simulation has to see it.
     fn parse(name: String, text: &str) -> Result<Mutant> {
         let mut lines = text.lines();
         let breaks = lines.next().unwrap_or_default().to_owned();
@@ -148,8 +145,6 @@ impl Mutant {
                 line.strip_prefix("tests: ").and_then(|rest| rest.split_once(' '))
             {
                 catcher = Catcher::Tests { package: package.into(), prefix: prefix.into() };
-            } else if line == "simulation: images" {
-                catcher = Catcher::Images;
             } else if let Some(path) = line.strip_prefix("file: ") {
                 file = Some(PathBuf::from(path));
             } else if line == "<<<<" {
@@ -239,11 +234,7 @@ impl Workshop {
         match catcher {
             Catcher::Simulation => {
                 self.build(&["build", "--quiet", "--package", "sim"])?;
-                self.simulate(&["--runs", SEEDS])
-            }
-            Catcher::Images => {
-                self.build(&["build", "--quiet", "--package", "sim"])?;
-                self.simulate(&["--images", "--runs", SEEDS])
+                self.simulate()
             }
             Catcher::Tests { package, prefix } => {
                 let said = self.build(&["test", "--no-run", "--package", package, "--lib"])?;
@@ -289,9 +280,9 @@ impl Workshop {
     }
 
     /// Runs seeds until one fails.
-    fn simulate(&self, arguments: &[&str]) -> Result<Option<Catch>> {
+    fn simulate(&self) -> Result<Option<Catch>> {
         let mut command = Command::new(self.target.join("release/sim"));
-        command.args(arguments);
+        command.args(["--runs", SEEDS]);
         let Some((success, output)) = run_for(PATIENCE, &mut command)? else {
             return Ok(Some(Catch::by("end", "it hangs")));
         };

@@ -241,7 +241,7 @@ impl World {
         let storage: Rc<dyn Storage> = Rc::new(File::from_parts(handle, self.parts(kernel, file)));
         match &self.layout {
             None => storage,
-            Some(layout) => Rc::new(Chain::new(handle, Rc::new(Scattered::new(layout.clone(), storage)))),
+            Some(layout) => Rc::new(Chain::new(Rc::new(Scattered::new(layout.clone(), storage)))),
         }
     }
 
@@ -257,7 +257,6 @@ impl World {
             align: self.align,
             memory_align: self.memory_align,
             direct: self.direct,
-            is_block_device: false,
             read_only: self.read_only,
         }
     }
@@ -532,17 +531,8 @@ fn sizes(world: &World, file: usize) -> u64 {
 fn neighbour(kernel: &Shared, handle: &Handle, file: usize, size: u64) -> Rc<dyn Storage> {
     let fd = kernel.borrow_mut().open(file, 512, 512);
     let name = format!("file{file}");
-    let parts = Parts {
-        fd,
-        tail: None,
-        name,
-        size,
-        align: 512,
-        memory_align: 512,
-        direct: true,
-        is_block_device: false,
-        read_only: false,
-    };
+    let parts =
+        Parts { fd, tail: None, name, size, align: 512, memory_align: 512, direct: true, read_only: false };
     Rc::new(File::from_parts(handle, parts))
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::rc::Rc;
 
 use block::{Errno, Error, Span};
-use image::{Extent, Image, Placement, Zeroed};
+use image::{Extent, Image, Placement};
 use storage::{Io, Storage, Zeroing};
 
 use crate::dice::Dice;
@@ -101,20 +101,19 @@ impl Image for Scattered {
 
     fn place(&self, span: Span) -> Io<'_, Placement> {
         let (at, len) = self.layout.find(span);
-        Box::pin(std::future::ready(Ok(Placement::shown(at, len, None))))
+        Box::pin(std::future::ready(Ok(Placement { at, len, undo: None })))
     }
 
     fn commit(&self, _placement: Placement) -> Io<'_> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn give_up(&self, _placement: Placement) {}
-
-    fn zero(&self, span: Span, how: Zeroing) -> Io<'_, Zeroed> {
+    fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
         Box::pin(async move {
-            let (at, len) = self.layout.find(span);
-            let place = Span::new(at, len).expect("within the file");
-            self.storage.zero(place, how).await.map(|()| Zeroed::Done { len })
+            for (part, at) in self.layout.parts(span) {
+                self.storage.zero(Scattered::place_of(part, at), how).await?;
+            }
+            Ok(())
         })
     }
 
@@ -133,13 +132,5 @@ impl Image for Scattered {
 
     fn grow(&self) -> Io<'_, u64> {
         Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "grow a scattered image"))))
-    }
-
-    fn resize(&self, _bytes: u64) -> Io<'_> {
-        Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, "resize a scattered image"))))
-    }
-
-    fn close(&self) -> Io<'_> {
-        self.storage.flush()
     }
 }

@@ -149,10 +149,6 @@ impl Storage for Witness {
         self.inner.grow()
     }
 
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.inner.resize(bytes)
-    }
-
     fn poison(&self) -> Option<Error> {
         self.inner.poison()
     }
@@ -214,10 +210,6 @@ impl Storage for Beneath {
 
     fn grow(&self) -> Io<'_, u64> {
         self.inner.grow()
-    }
-
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.inner.resize(bytes)
     }
 
     fn poison(&self) -> Option<Error> {
@@ -366,10 +358,6 @@ impl Storage for Mischievous {
 
     fn grow(&self) -> Io<'_, u64> {
         self.inner.grow()
-    }
-
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.inner.resize(bytes)
     }
 
     fn poison(&self) -> Option<Error> {

@@ -11,9 +11,8 @@ use block::{Buf, Limits, Result, Run, Span};
 use runtime::BoxFuture;
 
 pub use file::File;
-pub use permits::{Permit, Permits};
 pub use ram::{Null, Ram};
-pub use range_lock::{Access, RangeGuard, RangeLocks};
+pub use range_lock::{Access, RangeLocks};
 
 /// An operation of a storage under way.
 pub type Io<'a, T = ()> = BoxFuture<'a, Result<T>>;
@@ -74,12 +73,6 @@ pub trait Storage {
     /// What is smaller than it was is an error that says so, and EOPNOTSUPP is that of one that cannot grow; neither
     /// changes anything.
     fn grow(&self) -> Io<'_, u64>;
-
-    /// Makes it this many bytes long, for an image format whose file grows as it is filled. What is added reads as
-    /// zero; what is cut off is gone. Spans of operations under way lie within both sizes.
-    ///
-    /// A block device has the size it has: asked for more it answers ENOSPC, asked for less it stays as it is.
-    fn resize(&self, bytes: u64) -> Io<'_>;
 
     /// Why it is poisoned, if it is: the error that every flush and write fails with.
     fn poison(&self) -> Option<block::Error>;

@@ -8,7 +8,7 @@ use std::task::{Poll, Waker};
 
 /// Permits to take and to give back.
 #[derive(Clone)]
-pub struct Permits(Rc<RefCell<State>>);
+pub(crate) struct Permits(Rc<RefCell<State>>);
 
 struct State {
     free: usize,
@@ -19,16 +19,16 @@ struct State {
 
 /// One permit; given back when dropped.
 #[must_use]
-pub struct Permit(Permits);
+pub(crate) struct Permit(Permits);
 
 impl Permits {
     /// As many permits.
-    pub fn new(count: usize) -> Permits {
+    pub(crate) fn new(count: usize) -> Permits {
         Permits(Rc::new(RefCell::new(State { free: count, next: 0, waiting: VecDeque::new() })))
     }
 
     /// Waits for a permit.
-    pub async fn take(&self) -> Permit {
+    pub(crate) async fn take(&self) -> Permit {
         let number = {
             let mut state = self.0.borrow_mut();
             let number = state.next;

@@ -1,6 +1,6 @@
 //! Disks without a file: bytes in memory, and nothing at all.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use block::{Buf, Errno, Error, Limits, Run, Span};
@@ -16,14 +16,14 @@ fn ready<'a, T: 'a>(value: T) -> Io<'a, T> {
 
 /// Bytes in memory, lost at the end of the process; all zero at first.
 pub struct Ram {
-    size: Cell<u64>,
+    size: u64,
     chunks: RefCell<BTreeMap<u64, Box<[u8]>>>,
 }
 
 impl Ram {
     /// A disk of `size` bytes.
     pub fn new(size: u64) -> Ram {
-        Ram { size: Cell::new(size), chunks: RefCell::default() }
+        Ram { size, chunks: RefCell::default() }
     }
 
     fn clear(&self, span: Span) {
@@ -59,7 +59,7 @@ const LIMITS: Limits = Limits { align: 1, preferred: 4096, read_only: false, fas
 
 impl Storage for Ram {
     fn size(&self) -> u64 {
-        self.size.get()
+        self.size
     }
 
     fn limits(&self) -> Limits {
@@ -125,14 +125,6 @@ impl Storage for Ram {
         Box::pin(std::future::ready(Err(no_growth())))
     }
 
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        let old = self.size.replace(bytes);
-        if let Some(cut) = old.checked_sub(bytes).and_then(|len| Span::new(bytes, len)) {
-            self.clear(cut);
-        }
-        ready(())
-    }
-
     fn poison(&self) -> Option<Error> {
         None
     }
@@ -140,19 +132,19 @@ impl Storage for Ram {
 
 /// Nothing: reads give zeroes, writes go nowhere. For measuring all that is not storage.
 pub struct Null {
-    size: Cell<u64>,
+    size: u64,
 }
 
 impl Null {
     /// A disk of `size` bytes.
     pub fn new(size: u64) -> Null {
-        Null { size: Cell::new(size) }
+        Null { size }
     }
 }
 
 impl Storage for Null {
     fn size(&self) -> u64 {
-        self.size.get()
+        self.size
     }
 
     fn limits(&self) -> Limits {
@@ -192,11 +184,6 @@ impl Storage for Null {
         Box::pin(std::future::ready(Err(no_growth())))
     }
 
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.size.set(bytes);
-        ready(())
-    }
-
     fn poison(&self) -> Option<Error> {
         None
     }
@@ -211,19 +198,6 @@ mod tests {
     fn ram_keeps_what_is_written() {
         // Larger than two chunks and no multiple of one.
         pollster(conformance::check(&Ram::new(3 * CHUNK / 2 + 12345), 1, 2000));
-    }
-
-    #[test]
-    fn ram_is_as_long_as_it_is_told_to_be() {
-        let ram = Ram::new(10);
-        pollster(async {
-            ram.write(0, Buf::from_bytes(&[7; 10])).await.unwrap();
-            ram.resize(4).await.unwrap();
-            ram.resize(8).await.unwrap();
-            let buf = Buf::zeroed(8);
-            ram.read(0, buf.clone()).await.unwrap();
-            assert_eq!((buf.to_vec(), ram.size()), (vec![7, 7, 7, 7, 0, 0, 0, 0], 8));
-        });
     }
 
     fn pollster(future: impl Future<Output = ()>) {

@@ -1,6 +1,5 @@
 //! The command line: what the help, the man page and the completions are made from.
 
-pub(crate) mod tool;
 pub(crate) mod xen;
 
 use std::path::PathBuf;
@@ -10,10 +9,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use disk::OnError;
 use guest::listen::Address;
-use image::Format;
 use storage::filter::Rule;
 
-use self::tool::Tool;
 use self::xen::{Detach, XenOptions};
 use crate::size;
 
@@ -29,8 +26,6 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Serve(Box<Serve>),
     Detach(Detach),
-    #[command(flatten)]
-    Tool(Tool),
     /// Print the completions for a shell
     Completions {
         /// Which shell
@@ -58,36 +53,15 @@ pub(crate) struct Serve {
     #[arg(value_hint = ValueHint::FilePath, value_parser = Image::from_str)]
     pub(crate) image: Image,
 
-    /// Format of the image: raw, qcow, qcow2 or vhd (vpc) [default: raw for block devices and for what is called .raw or
-    /// .img, else what the header says]
-    ///
-    /// A guest may write whatever it likes into its disk, the header of another format too: so what is raw by its name stays
-    /// raw, and what has no header that is known is served only with `--format raw`.
-    #[arg(long, value_name = "FORMAT", value_parser = Format::from_str)]
-    pub(crate) format: Option<Format>,
-
-    /// Serve the image alone, without the ones it stands on: where it says nothing itself, zeroes are read. Needs
-    /// `--read-only` where there are such
-    #[arg(long)]
-    pub(crate) no_backing: bool,
-
-    /// A folder, or a file, that images may name as their backing or data file, besides what is in the folder of the image
-    /// and below. May be given several times
-    ///
-    /// Images are made by others, who could name any file of this host. What counts is where a name leads in the end,
-    /// through whatever links. An image that is a block device has no folder of its own.
-    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
-    pub(crate) allow_folder: Vec<PathBuf>,
-
-    /// Memory for the tables of the image and of those it stands on, together [default: what suits each]
-    #[arg(long, value_name = "SIZE", default_value = "0", hide_default_value = true, value_parser = cache_size)]
-    pub(crate) cache_size: usize,
+    /// Format of the image. It is never guessed: a guest could write another format's header
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub(crate) format: Format,
 
     /// Refuse writes; others may then read the image too
     #[arg(long)]
     pub(crate) read_only: bool,
 
-    /// Make a sparse raw image of this size if there is none; one that exists is kept as it is
+    /// Make a sparse image of this size if there is none; one that exists is kept as it is
     #[arg(long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "read_only")]
     pub(crate) create: Option<u64>,
 
@@ -150,13 +124,12 @@ pub(crate) struct Serve {
     /// Make operations fail or slow, for drills: OPERATION:ACTION[:FROM..TO][:WHEN]. May be given several times
     ///
     /// OPERATION is read, write, flush, discard, zero, status or any; ACTION an errno such as EIO, or delay=MS;
-    /// FROM..TO bytes of the image's file, which are those of the disk where it is raw, with K, M, G, T or s (512-byte
-    /// sectors); WHEN nth=N, times=N or every=N. The files of backing images and a data file never fail by it.
+    /// FROM..TO bytes of the disk, with K, M, G, T or s (512-byte sectors); WHEN nth=N, times=N or every=N.
     #[arg(long, value_name = "RULE", value_parser = Rule::from_str)]
     pub(crate) fault: Vec<Rule>,
 
-    /// Where to record that a sync has failed, what of an image's map is not in the image yet, and what guests of `--xen`
-    /// have under way, for the process that serves the image after a crash of this one
+    /// Where to record that a sync has failed, and what guests of `--xen` have under way, for the process that serves
+    /// the image after a crash of this one
     /// [default: /run/tapdisk for root, else $XDG_RUNTIME_DIR/tapdisk]
     ///
     /// Linux tells of lost data once. An image of which a sync has failed takes no write or flush any more until
@@ -185,8 +158,6 @@ const EXAMPLES: &str = "\
 Examples:
   A new sparse disk of 1 GiB, on a socket that is named in the output:
       tapdisk serve disk.raw --create 1G
-  An image that stands on others, which are elsewhere:
-      tapdisk serve web.qcow2 --allow-folder /srv/bases
   A volume, on a socket of a given name; requests that find it full wait for space:
       tapdisk serve /dev/vg/guest --nbd unix:/run/guest.sock --on-enospc hold
   A disk for a QEMU guest, by vhost-user:
@@ -229,6 +200,12 @@ impl FromStr for Image {
             Some(_) | None => Ok(Image::Path(text.into())),
         }
     }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Format {
+    /// The bytes of the image are the bytes of the disk
+    Raw,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -282,17 +259,6 @@ fn block_size(text: &str) -> Result<u32, String> {
 /// The least that lets the largest request (32 MiB) through beside others, in bytes: `guest::budget` uses no less.
 pub(crate) const MEMORY_MIN: u64 = 64 << 20;
 
-fn cache_size(text: &str) -> Result<usize, String> {
-    if text == "0" {
-        return Ok(0);
-    }
-    let bytes = size::parse(text)?;
-    if bytes < 64 << 10 {
-        return Err(format!("{text} is too little: tables need at least 64K"));
-    }
-    usize::try_from(bytes).map_err(|error| format!("{text} is more than there is: {error}"))
-}
-
 fn memory(text: &str) -> Result<u64, String> {
     let bytes = size::parse(text)?;
     if bytes < MEMORY_MIN {
@@ -316,10 +282,9 @@ pub(crate) mod tests {
         let words = ["tapdisk", "serve"].iter().chain(words);
         match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
             Command::Serve(serve) => Ok(*serve),
-            other @ (Command::Detach(_)
-            | Command::Tool(_)
-            | Command::Completions { .. }
-            | Command::Man { .. }) => Err(format!("{other:?}")),
+            other @ (Command::Detach(_) | Command::Completions { .. } | Command::Man { .. }) => {
+                Err(format!("{other:?}"))
+            }
         }
     }
 
@@ -351,8 +316,7 @@ pub(crate) mod tests {
             (vec!["disk", "--create", "12Q"], "no unit of size"),
             (vec!["ram:lots"], "no unit of size"),
             (vec!["disk", "--fault", "write:EWHAT"], "no action"),
-            (vec!["disk", "--format", "qcow9"], "there are raw, qcow, qcow2 and vhd"),
-            (vec!["disk", "--cache-size", "1K"], "at least 64K"),
+            (vec!["disk", "--format", "qcow9"], "[possible values: raw]"),
         ] {
             let error = serve(&words).unwrap_err();
             assert!(error.contains(named), "{words:?}: {error}");

@@ -2,12 +2,10 @@
 
 mod announce;
 mod cli;
-mod contents;
 mod logging;
 mod serve;
 mod size;
 mod state;
-mod tool;
 mod xen;
 
 use std::io::Write;
@@ -23,7 +21,6 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Detach(arguments) => xen::detach(&arguments),
-        Command::Tool(tool) => return tool::run(tool),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tapdisk", &mut text);

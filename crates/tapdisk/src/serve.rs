@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::Context;
 use block::Pool;
@@ -9,20 +10,24 @@ use disk::{Config, Disk, Policy};
 use guest::listen::{Address, Listener};
 use guest::nbd::{Exports, Server, Settings};
 use guest::vhost;
+use image::{Chain, Raw};
 use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle as SignalHandle, Signals};
+use storage::file::{self, File, OpenError, Opened, Options, Record};
+use storage::{Null, Ram, Storage};
 
 use crate::announce::{Places, announce};
-use crate::cli::{MEMORY_MIN, Ring, Serve};
-use crate::contents::Contents;
+use crate::cli::{Cache, Image, MEMORY_MIN, Ring, Serve};
 use crate::xen::Guests;
-use crate::{logging, size};
+use crate::{logging, size, state};
 
 /// Memory for requests that the kernel is told of once (registered buffers).
 const ARENA: usize = 16 << 20;
 /// How many queues a guest by vhost-user may have, if nobody says.
 const QUEUES: u16 = 64;
+/// How long a restart waits for the process before it to let go of the image.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
 
 /// What the main thread tells the disk's.
 enum Message {
@@ -101,7 +106,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     let handle = runtime.handle().clone();
     // Before the image is opened: where there is no Xen, nothing has been touched.
     let guests = Guests::find(&arguments.xen)?;
-    let contents = Contents::open(&runtime, arguments)?;
+    let contents = open(&runtime, arguments)?;
     let mut listeners = Vec::new();
     for address in addresses(arguments)? {
         listeners.extend(Listener::bind(&address, arguments.allow_remote)?);
@@ -110,6 +115,8 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     for path in &arguments.vhost_user {
         front_doors.push(Listener::unix(&std::path::absolute(path)?)?);
     }
+    let storage = storage::filter::inject(&handle, contents.storage, arguments.fault.clone());
+    let chain: Rc<dyn Storage> = Rc::new(Chain::new(Rc::new(Raw::new(storage))));
     let config = Config {
         name: arguments.image.name(),
         read_only: arguments.read_only,
@@ -132,7 +139,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
     let guests = guests.prepare(arguments, memory)?;
     let others = !listeners.is_empty() || !front_doors.is_empty();
     let export = arguments.export.clone();
-    let disk = Disk::new(&handle, contents.chain.clone(), config);
+    let (disk, how, record) = (Disk::new(&handle, chain, config), contents.how, contents.record);
     runtime.block_on(async move {
         let served: Rc<dyn guest::Disk> = Rc::new(disk.clone());
         let exports = Exports::one(&export, disk.name(), served.clone())?;
@@ -146,7 +153,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         let mut guests_live_on = started.is_err();
         let failed = match started {
             Ok(()) => {
-                announce(&disk, &contents.how, &places);
+                announce(&disk, &how, &places);
                 until_over(&disk, &mut mailbox, guests.len(), others).await
             }
             Err(error) => Some(format!("{error:#}")),
@@ -158,26 +165,19 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         }
         disk.give_up_held();
         server.drain().await;
-        // An image that could not be flushed is left as a crash would leave it.
-        let closed = match disk.close().await {
-            Ok(()) => contents.close().await,
-            Err(error) => Err(error),
-        };
+        let flushed = disk.close().await;
         disk.log_state();
         // Whoever told it to stop learns from its end what is lost, and starts it anew knowing that. Guests that live on
         // do not: for them the next one is the same disk.
         if !guests_live_on {
-            contents.forget_poison();
-            if closed.is_ok() {
-                contents.forget_ledger();
-            }
+            record.iter().for_each(Record::forget);
         } else if disk.poison().is_some() {
             tracing::warn!(
                 disk = disk.name(),
                 "stays poisoned, since a guest lives on: shut the guest down, then stop and start tapdisk once more"
             );
         }
-        closed.context("data that clients were told is written may be lost")?;
+        flushed.context("data that clients were told is written may be lost")?;
         failed.map_or(Ok(()), |why| Err(anyhow::anyhow!(why)))
     })
 }
@@ -250,6 +250,73 @@ fn ring_flags(ring: Ring) -> RingFlags {
     }
 }
 
+/// What is served, and what to tell of it.
+struct Contents {
+    storage: Rc<dyn Storage>,
+    /// How it is used, in words.
+    how: String,
+    /// Where a failed sync is recorded.
+    record: Option<Record>,
+}
+
+fn open(runtime: &Runtime, arguments: &Serve) -> anyhow::Result<Contents> {
+    let path = match &arguments.image {
+        Image::Null(bytes) => {
+            let how = "nothing behind it: reads give zeroes, writes are forgotten".into();
+            return Ok(Contents { storage: Rc::new(Null::new(*bytes)), how, record: None });
+        }
+        Image::Ram(bytes) => {
+            let how = "in memory: lost when tapdisk ends".into();
+            return Ok(Contents { storage: Rc::new(Ram::new(*bytes)), how, record: None });
+        }
+        Image::Path(path) => path,
+    };
+    let cache = match arguments.cache {
+        Cache::Direct => file::Cache::Direct,
+        Cache::Buffered => file::Cache::Buffered,
+    };
+    let records = if arguments.read_only { None } else { state::records(arguments.state_dir.as_ref())? };
+    let options =
+        Options { read_only: arguments.read_only, cache, create: arguments.create, wait: LOCK_WAIT, records };
+    let opened = file::open(path, &options)?;
+    let handle = runtime.handle().clone();
+    let opened = runtime.block_on(async move {
+        file::check_short_transfers(&handle, &opened).await?;
+        Ok::<_, OpenError>(opened)
+    })?;
+    let (how, record) = (describe(&opened, arguments), opened.record.clone());
+    if let (Some(error), Some(record)) = (&opened.poison, &record) {
+        let (image, record) = (path.display(), record.path());
+        let record = record.display();
+        tracing::error!(
+            %image, %error, %record,
+            "a sync of this image failed before, and whoever served it then did not end in order: flushes and writes \
+             fail until tapdisk is told to stop (Ctrl-C, SIGTERM) and started anew"
+        );
+    }
+    Ok(Contents { storage: Rc::new(File::new(runtime.handle(), opened)), how, record })
+}
+
+fn describe(opened: &Opened, arguments: &Serve) -> String {
+    let kind = if opened.is_block_device { "block device" } else { "raw image" };
+    let io = match &opened.not_direct {
+        Some(why) => format!("through the page cache (buffered), since {why}"),
+        None if opened.direct => {
+            format!("past the page cache (O_DIRECT), in units of {} bytes", opened.align)
+        }
+        None => "through the page cache (buffered)".into(),
+    };
+    let made = match arguments.create {
+        Some(_) if opened.created => ", made just now, sparse".into(),
+        Some(asked) if asked != opened.size => {
+            format!(", was there already and is kept (not {})", size::show(asked))
+        }
+        Some(_) => ", was there already and is kept".into(),
+        None => String::new(),
+    };
+    format!("{kind}{made}, {io}")
+}
+
 /// Where to listen: what was asked for, else a socket named after the image where this user's sockets are.
 fn addresses(arguments: &Serve) -> anyhow::Result<Vec<Address>> {
     if !(arguments.nbd.is_empty() && arguments.vhost_user.is_empty() && arguments.xen.disks.is_empty()) {
@@ -274,8 +341,6 @@ fn absolute(address: &Address) -> anyhow::Result<Address> {
 
 #[cfg(test)]
 mod tests {
-    use storage::Ram;
-
     use super::*;
 
     /// What ends a disk that has so many guests of Xen, and maybe others, when so many of these end; and what has failed.

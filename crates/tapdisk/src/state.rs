@@ -7,27 +7,23 @@ use std::path::PathBuf;
 use anyhow::Context;
 use storage::file::Records;
 
-/// The records of failed syncs and of what images lack, in the directory of this process's state. Without one the disk is
-/// served all the same; that is said unless it is only read.
-pub(crate) fn records(asked: Option<&PathBuf>, read_only: bool) -> anyhow::Result<Option<Records>> {
+/// The records of failed syncs, in the directory of this process's state. Without one, which is said, the disk is served
+/// all the same.
+pub(crate) fn records(asked: Option<&PathBuf>) -> anyhow::Result<Option<Records>> {
     let why = match directory(asked) {
         Err(why) => why,
         Ok(directory) => match Records::open(&directory) {
             Ok(records) => return Ok(Some(records)),
-            Err(error) if read_only => error.to_string(),
             Err(error) if asked.is_some() => {
                 return Err(error).with_context(|| format!("cannot use {}", directory.display()));
             }
             Err(error) => format!("{} cannot be used: {error}", directory.display()),
         },
     };
-    if !read_only {
-        tracing::warn!(
-            why,
-            "a failed sync cannot be recorded for the next process, nor what an image's map lacks; --state-dir says where \
-             they can"
-        );
-    }
+    tracing::warn!(
+        why,
+        "a failed sync cannot be recorded for the next process; --state-dir says where it can"
+    );
     Ok(None)
 }
 

@@ -53,13 +53,6 @@ pub enum Io {
         /// For what.
         what: Seek,
     },
-    /// ftruncate(2).
-    Truncate {
-        /// Which file.
-        fd: Rc<Fd>,
-        /// Bytes that it is to have.
-        len: u64,
-    },
     /// posix_fadvise(2) with POSIX_FADV_WILLNEED.
     WillNeed {
         /// Which file.
@@ -107,7 +100,6 @@ impl Io {
             | Io::Sync { fd }
             | Io::Allocate { fd, .. }
             | Io::Seek { fd, .. }
-            | Io::Truncate { fd, .. }
             | Io::WillNeed { fd, .. }
             | Io::Receive { fd, .. }
             | Io::Send { fd, .. }
@@ -130,7 +122,6 @@ impl Io {
             | Io::Sync { .. }
             | Io::Allocate { .. }
             | Io::Seek { .. }
-            | Io::Truncate { .. }
             | Io::WillNeed { .. } => false,
         }
     }

@@ -399,8 +399,7 @@ impl Uring {
             Io::Poll { .. } => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
             // Through the ring and not by write(2): that would block this thread where a peer fills a blocking eventfd.
             Io::Signal { .. } => opcode::Write::new(fd, (&raw const ONE).cast(), 8).build(),
-            // The helper's, see `submit`. (There is IORING_OP_FTRUNCATE from Linux 6.9 on.)
-            Io::Seek { .. } | Io::Truncate { .. } => opcode::Nop::new().build(),
+            Io::Seek { .. } => opcode::Nop::new().build(), // the helper's, see `submit`
         }
     }
 }
@@ -533,25 +532,11 @@ impl Engine for Uring {
     }
 
     unsafe fn submit(&mut self, io: &Io, token: usize) {
-        let chore = match io {
-            Io::Seek { at, what, .. } => Some(Chore::Seek { at: *at, what: *what }),
-            Io::Truncate { len, .. } => Some(Chore::Truncate { len: *len }),
-            Io::Read { .. }
-            | Io::Write { .. }
-            | Io::Sync { .. }
-            | Io::Allocate { .. }
-            | Io::WillNeed { .. }
-            | Io::Receive { .. }
-            | Io::Send { .. }
-            | Io::Accept { .. }
-            | Io::Poll { .. }
-            | Io::Signal { .. } => None,
-        };
-        if let Some(chore) = chore {
+        if let Io::Seek { fd, at, what } = io {
             let bell = self.bell.clone();
             let helper = self.helper.get_or_insert_with(|| Helper::start(bell));
             // The caller keeps `io`, and with it the open file, until the completion.
-            helper.ask(Job { token, fd: io.fd().as_fd().as_raw_fd(), chore });
+            helper.ask(Job { token, fd: fd.as_fd().as_raw_fd(), at: *at, what: *what });
             return;
         }
         if self.storing.len() <= token {
@@ -569,7 +554,6 @@ impl Engine for Uring {
             | Io::Sync { .. }
             | Io::Allocate { .. }
             | Io::Seek { .. }
-            | Io::Truncate { .. }
             | Io::WillNeed { .. }
             | Io::Receive { .. }
             | Io::Send { .. }
@@ -605,12 +589,8 @@ impl Engine for Uring {
 struct Job {
     token: usize,
     fd: RawFd,
-    chore: Chore,
-}
-
-enum Chore {
-    Seek { at: u64, what: Seek },
-    Truncate { len: u64 },
+    at: u64,
+    what: Seek,
 }
 
 /// A thread for calls that may block and that io_uring does not have.
@@ -628,7 +608,7 @@ impl Helper {
         let work = move || {
             for job in inbox {
                 let result =
-                    if stopped.load(Ordering::Relaxed) { -i64::from(libc::ECANCELED) } else { perform(&job) };
+                    if stopped.load(Ordering::Relaxed) { -i64::from(libc::ECANCELED) } else { seek(&job) };
                 bell.results.lock().unwrap_or_else(PoisonError::into_inner).push((job.token, result));
                 bell.ring();
             }
@@ -657,20 +637,14 @@ impl Drop for Helper {
     }
 }
 
-fn perform(job: &Job) -> i64 {
-    let found = match job.chore {
-        Chore::Seek { at, what } => {
-            let whence = match what {
-                Seek::Data => libc::SEEK_DATA,
-                Seek::Hole => libc::SEEK_HOLE,
-                Seek::End => libc::SEEK_END,
-            };
-            // SAFETY: lseek64 touches no memory; the descriptor stays open by the contract of `Engine::submit`. Nobody
-            // uses the file's position, so moving it harms nobody.
-            unsafe { libc::lseek64(job.fd, at as i64, whence) }
-        }
-        // SAFETY: ftruncate64 touches no memory; the descriptor stays open by the contract of `Engine::submit`.
-        Chore::Truncate { len } => i64::from(unsafe { libc::ftruncate64(job.fd, len as i64) }),
+fn seek(job: &Job) -> i64 {
+    let whence = match job.what {
+        Seek::Data => libc::SEEK_DATA,
+        Seek::Hole => libc::SEEK_HOLE,
+        Seek::End => libc::SEEK_END,
     };
+    // SAFETY: lseek64 touches no memory; the descriptor stays open by the contract of `Engine::submit`. Nobody uses
+    // the file's position, so moving it harms nobody.
+    let found = unsafe { libc::lseek64(job.fd, job.at as i64, whence) };
     if found < 0 { -i64::from(Errno::from_std(&std::io::Error::last_os_error()).code()) } else { found }
 }

@@ -50,16 +50,14 @@ fn find(file: &std::fs::File) -> Option<String> {
     let place =
         format!("{:02x}:{:02x}:{}", rustix::fs::major(device), rustix::fs::minor(device), metadata.ino());
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let (kind, pid) = locks.lines().find_map(|line| {
+    let pid = locks.lines().find_map(|line| {
         // "1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF"
         let mut words = line.split_whitespace().skip_while(|word| *word != "FLOCK");
-        let (kind, pid, what) = (words.nth(2)?, words.next()?, words.next()?);
-        (what == place).then_some((kind, pid))
+        let (pid, what) = (words.nth(3)?, words.next()?);
+        (what == place).then(|| pid.to_owned())
     })?;
-    let reads =
-        if kind == "READ" { ", which only reads it (maybe since another image stands on it)" } else { "" };
     match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
-        Ok(name) => Some(format!("process {pid} ({}){reads}", name.trim_end())),
+        Ok(name) => Some(format!("process {pid} ({})", name.trim_end())),
         Err(_) => Some(format!("process {pid}, which is ending")),
     }
 }

@@ -43,12 +43,11 @@ pub struct File {
     /// The same file without O_DIRECT, for its last bytes where its size is no multiple of the alignment.
     tail: Option<Rc<Fd>>,
     name: String,
-    /// Bytes.
+    /// Bytes; it only grows.
     size: Cell<u64>,
     align: u64,
     memory_align: usize,
     direct: bool,
-    is_block_device: bool,
     read_only: bool,
     locks: RangeLocks,
     /// Taken last and held only over I/O, so that nobody who has one waits for anybody.
@@ -78,8 +77,6 @@ pub struct Parts {
     pub memory_align: u32,
     /// See [`Opened::direct`].
     pub direct: bool,
-    /// See [`Opened::is_block_device`].
-    pub is_block_device: bool,
     /// See [`Opened::read_only`].
     pub read_only: bool,
 }
@@ -95,7 +92,6 @@ impl File {
             align: opened.align,
             memory_align: opened.memory_align,
             direct: opened.direct,
-            is_block_device: opened.is_block_device,
             read_only: opened.read_only,
         };
         let mut file = File::from_parts(handle, parts);
@@ -114,7 +110,6 @@ impl File {
             align: u64::from(parts.align),
             memory_align: parts.memory_align as usize,
             direct: parts.direct,
-            is_block_device: parts.is_block_device,
             read_only: parts.read_only,
             locks: RangeLocks::default(),
             bounces: Permits::new(BOUNCES_MAX),
@@ -267,37 +262,6 @@ impl File {
             drop(self.sync.changing());
         }
         Ok(found)
-    }
-
-    /// ftruncate(2), but for a block device.
-    async fn set_size(&self, bytes: u64) -> Result<()> {
-        let size = self.size.get();
-        if bytes == size || (self.is_block_device && bytes < size) {
-            return Ok(());
-        }
-        if self.is_block_device {
-            return Err(Error::new(Errno::ENOSPC, format!("the block device has {size} bytes")));
-        }
-        // Without a way to an incomplete last block there must be none.
-        if !bytes.is_multiple_of(self.align) && self.tail.is_none() {
-            let doing =
-                format!("its end would be no multiple of {} bytes and could not be reached", self.align);
-            return Err(Error::new(Errno::EINVAL, doing));
-        }
-        // Before, where it shrinks: a sync that runs meanwhile would miss bytes.
-        self.size.set(size.min(bytes));
-        loop {
-            match self.handle.truncate(&self.fd, bytes).await {
-                Ok(_) => break,
-                Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    self.size.set(size);
-                    return Err(errno.into());
-                }
-            }
-        }
-        self.size.set(bytes);
-        Ok(())
     }
 
     /// fallocate(2) over the span; `Ok(false)` where the file system does not have it.
@@ -503,16 +467,6 @@ impl Storage for File {
     fn grow(&self) -> Io<'_, u64> {
         Box::pin(async move {
             self.take_in().await.map_err(|error| error.during(format_args!("grow {}", self.name)))
-        })
-    }
-
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        Box::pin(async move {
-            self.check_writable()?;
-            let _changed = self.sync.changing();
-            self.set_size(bytes)
-                .await
-                .map_err(|error| error.during(format_args!("make {} {bytes} bytes long", self.name)))
         })
     }
 

@@ -59,22 +59,7 @@ impl Records {
 impl Record {
     /// Where it is, if it is there.
     pub fn path(&self) -> PathBuf {
-        self.beside("poison")
-    }
-
-    /// Where something else of this image is kept that a successor must know, named after what the image is.
-    pub fn beside(&self, kind: &str) -> PathBuf {
-        self.records.directory.join(format!("{kind}-{}", self.identity))
-    }
-
-    /// Linux's name for the time since it was started (36 letters, digits and dashes).
-    pub fn boot(&self) -> &str {
-        &self.records.boot
-    }
-
-    /// Where the image is.
-    pub fn image(&self) -> &Path {
-        &self.image
+        self.records.directory.join(format!("poison-{}", self.identity))
     }
 
     /// The error of the sync that failed, if there is a record of it. One of an earlier boot is removed.

@@ -80,10 +80,6 @@ impl Storage for Delay {
         self.below.grow()
     }
 
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.below.resize(bytes)
-    }
-
     fn poison(&self) -> Option<Error> {
         self.below.poison()
     }

@@ -88,10 +88,6 @@ impl Storage for Fault {
         self.below.grow()
     }
 
-    fn resize(&self, bytes: u64) -> Io<'_> {
-        self.below.resize(bytes)
-    }
-
     fn poison(&self) -> Option<Error> {
         self.poison.borrow().clone().or_else(|| self.below.poison())
     }

@@ -3,10 +3,8 @@
 mod client;
 mod error;
 mod flush;
-mod formats;
 mod guest;
 mod hang;
-mod image_death;
 mod life;
 mod log;
 mod open;

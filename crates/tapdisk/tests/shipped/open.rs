@@ -8,9 +8,15 @@ use nbd_client::{Request, Style};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 
-use crate::server::{Ask, LONG, Server, mount, pattern, refused, rule, wait_until, zeroes};
+use crate::server::{Ask, LONG, Server, mount, pattern, rule, tapdisk, wait_until, zeroes};
 
 const MIB: u64 = 1 << 20;
+
+fn refused(words: &[&str]) -> String {
+    let output = tapdisk(words.iter()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{words:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
 
 #[test]
 fn create_makes_a_sparse_image_and_keeps_one_that_exists() {

@@ -8,14 +8,14 @@ use nbd_client::{Client, Request, Style};
 use crate::server::{Ask, CACHES, Server};
 
 const SECTOR: u64 = 512;
-/// Sectors that lie next to each other.
-const GROUP: u64 = 32;
+/// Few sectors, so that they are written again and again.
+const SECTORS: u64 = 512;
 
 /// Numbers that depend on the seed alone (xorshift64*).
-pub(crate) struct Random(pub(crate) u64);
+struct Random(u64);
 
 impl Random {
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+    fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -45,31 +45,7 @@ enum Sent {
     Flush,
 }
 
-/// What is written where, and how often it is made durable.
-#[derive(Clone, Copy)]
-pub(crate) struct Shape {
-    /// How many sectors; few of them are written again and again.
-    pub(crate) sectors: u64,
-    /// Bytes from the first of a group of sectors to the first of the next one.
-    pub(crate) spread: u64,
-    /// One request of so many is a flush.
-    pub(crate) flush: u64,
-    /// One write of so many is to be durable when it is answered.
-    pub(crate) fua: u64,
-}
-
-impl Shape {
-    /// Sectors of a small disk, one next to the other.
-    const SMALL: Shape = Shape { sectors: 512, spread: GROUP * SECTOR, flush: 12, fua: 8 };
-
-    fn at(&self, sector: u64) -> u64 {
-        sector / GROUP * self.spread + sector % GROUP * SECTOR
-    }
-}
-
-/// Clients that write, and what the disk may hold after that.
-pub(crate) struct Workload {
-    shape: Shape,
+struct Workload {
     sectors: Vec<Sector>,
     clients: Vec<Client>,
     sent: Vec<HashMap<u64, (Sent, Vec<usize>)>>,
@@ -79,78 +55,37 @@ pub(crate) struct Workload {
 
 impl Workload {
     fn new(server: &Server<'_>, seed: u64) -> Workload {
-        let mut workload = Workload::on_zeroes(Shape::SMALL, seed);
-        workload.connect(server);
-        workload
-    }
-
-    /// On a disk of zeroes, without a client yet.
-    pub(crate) fn on_zeroes(shape: Shape, seed: u64) -> Workload {
+        let style = |number| if number % 2 == 0 { Style::Simple } else { Style::Structured };
         let fresh = || Sector { values: vec![0], answered: 0, floor: 0, is_busy: false };
         Workload {
-            shape,
-            sectors: (0..shape.sectors).map(|_| fresh()).collect(),
-            clients: Vec::new(),
+            sectors: (0..SECTORS).map(|_| fresh()).collect(),
+            clients: (0..3).map(|number| server.client(style(number))).collect(),
             sent: (0..3).map(|_| HashMap::new()).collect(),
             random: Random(seed * 2 + 1),
             writings: 0,
         }
     }
 
-    pub(crate) fn connect(&mut self, server: &Server<'_>) {
-        let style = |number| if number % 2 == 0 { Style::Simple } else { Style::Structured };
-        self.clients = (0..3).map(|number| server.client(style(number))).collect();
-    }
-
-    /// The server died: what has no answer gets none.
-    pub(crate) fn lose_clients(&mut self) {
-        self.clients.clear();
-        self.sent.iter_mut().for_each(HashMap::clear);
-        self.sectors.iter_mut().for_each(|sector| sector.is_busy = false);
-    }
-
-    /// What was answered must be there from now on, wherever the server dies.
-    pub(crate) fn expect_answered(&mut self) -> Vec<usize> {
-        let expect = |sector: &mut Sector| std::mem::replace(&mut sector.floor, sector.answered);
-        self.sectors.iter_mut().map(expect).collect()
-    }
-
-    /// What the disk holds is what was written to it last. It is durable as far as it was before.
-    pub(crate) fn take_as_it_is(&mut self, client: &mut Client, floors: Vec<usize>) {
-        for (number, floor) in floors.into_iter().enumerate() {
-            let bytes = client.read(self.shape.at(number as u64), SECTOR).unwrap();
-            let value = u64::from_be_bytes(bytes[..8].try_into().unwrap());
-            let sector = &mut self.sectors[number];
-            let last = sector.values.iter().rposition(|written| *written == value).expect("it was checked");
-            sector.values.truncate(last + 1);
-            sector.answered = last;
-            sector.floor = floor.min(last);
-        }
-    }
-
-    pub(crate) fn step(&mut self) {
+    fn step(&mut self) {
         let number = self.random.below(self.clients.len() as u64) as usize;
         if self.clients[number].open() >= 8 || (self.random.below(3) == 0 && self.clients[number].open() > 0)
         {
             return self.receive(number);
         }
-        if self.random.below(self.shape.flush) == 0 {
+        if self.random.below(12) == 0 {
             // A flush covers what was answered, on any connection, before it is sent.
             let covered = self.sectors.iter().map(|sector| sector.answered).collect();
             let cookie = self.clients[number].send(&Request::flush()).unwrap();
             self.sent[number].insert(cookie, (Sent::Flush, covered));
             return;
         }
-        let from = self.random.below(self.shape.sectors);
-        let mut to = (from + 1 + self.random.below(24)).min(self.shape.sectors);
-        if self.shape.spread > GROUP * SECTOR {
-            to = to.min((from / GROUP + 1) * GROUP);
-        }
+        let from = self.random.below(SECTORS);
+        let to = (from + 1 + self.random.below(24)).min(SECTORS);
         let range = from as usize..to as usize;
         if self.sectors[range.clone()].iter().any(|sector| sector.is_busy) {
             return;
         }
-        let fua = self.random.below(self.shape.fua) == 0;
+        let fua = self.random.below(8) == 0;
         let is_zero = self.random.below(6) == 0;
         self.writings += 1;
         let value = if is_zero { 0 } else { self.writings };
@@ -160,8 +95,8 @@ impl Workload {
         }
         let payload = value.to_be_bytes().repeat(((to - from) * SECTOR / 8) as usize);
         let request = match is_zero {
-            true => Request::zeroes(self.shape.at(from), (to - from) * SECTOR),
-            false => Request::write(self.shape.at(from), &payload),
+            true => Request::zeroes(from * SECTOR, (to - from) * SECTOR),
+            false => Request::write(from * SECTOR, &payload),
         };
         let cookie = self.clients[number].send(&if fua { request.fua() } else { request }).unwrap();
         self.sent[number].insert(cookie, (Sent::Change { from, to, fua }, Vec::new()));
@@ -189,30 +124,22 @@ impl Workload {
         }
     }
 
-    /// Compares with what a server of the remains reads; gives how many sectors have lost what was answered for them.
-    pub(crate) fn check(&self, client: &mut Client, what: &str) -> u64 {
-        self.compare(what, |at, len| client.read(at, len).unwrap().0)
-    }
-
-    /// The same, with bytes from anywhere.
-    pub(crate) fn compare(&self, what: &str, mut read: impl FnMut(u64, u64) -> Vec<u8>) -> u64 {
+    /// Compares with what a server of the remains reads.
+    fn check(&self, client: &mut Client, what: &str) -> u64 {
         let mut lost = 0;
-        for (group, sectors) in self.sectors.chunks(GROUP as usize).enumerate() {
-            let bytes = read(group as u64 * self.shape.spread, sectors.len() as u64 * SECTOR);
-            for (number, (sector, found)) in sectors.iter().zip(bytes.chunks(SECTOR as usize)).enumerate() {
-                let number = group * GROUP as usize + number;
-                let value = u64::from_be_bytes(found[..8].try_into().unwrap());
-                assert!(
-                    found.chunks(8).all(|word| word == value.to_be_bytes()),
-                    "{what}: sector {number} is torn"
-                );
-                let allowed = &sector.values[sector.floor..];
-                assert!(
-                    allowed.contains(&value),
-                    "{what}: sector {number} holds {value}, allowed are {allowed:?}"
-                );
-                lost += u64::from(value != sector.values[sector.answered]);
-            }
+        let bytes = client.read(0, SECTORS * SECTOR).unwrap();
+        for (number, (sector, found)) in self.sectors.iter().zip(bytes.chunks(SECTOR as usize)).enumerate() {
+            let value = u64::from_be_bytes(found[..8].try_into().unwrap());
+            assert!(
+                found.chunks(8).all(|word| word == value.to_be_bytes()),
+                "{what}: sector {number} is torn"
+            );
+            let allowed = &sector.values[sector.floor..];
+            assert!(
+                allowed.contains(&value),
+                "{what}: sector {number} holds {value}, allowed are {allowed:?}"
+            );
+            lost += u64::from(value != sector.values[sector.answered]);
         }
         lost
     }

@@ -97,14 +97,6 @@ pub(crate) fn tapdisk<W: AsRef<OsStr>>(words: impl IntoIterator<Item = W>) -> Co
     command
 }
 
-/// Why these words are refused.
-#[track_caller]
-pub(crate) fn refused(words: &[&str]) -> String {
-    let output = tapdisk(words.iter()).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{words:?}");
-    String::from_utf8(output.stderr).unwrap()
-}
-
 impl<'a> Server<'a> {
     /// Serves an image of 8 MiB on this file system, made if there is none.
     pub(crate) fn on(fs: &'a FaultFs, words: &[&str]) -> Server<'a> {

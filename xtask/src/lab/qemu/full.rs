@@ -1,6 +1,6 @@
 //! 2006: a guest writes 1 GB to a sparse disk of 1 GiB on a file system of the host that has 200 MB free.
 
-use crate::command::{run, target, until, wait_while};
+use crate::command::{until, wait_while};
 use crate::lab::disk_full::{FREE, SIZE, allocated, mib};
 use crate::lab::ground::Ground;
 use crate::lab::guest_log;
@@ -13,20 +13,11 @@ use anyhow::{Context, Error, Result, ensure};
 use lab::shell::{Job, Shell as _};
 use rustix::process::Signal;
 use std::fs::File;
-use std::path::PathBuf;
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
-    Scenario {
-        name: "2006: the guest is told that the host is full, and recovers",
-        run: report_on_raw,
-        peer: true,
-    },
-    Scenario { name: "2006: the same on a thin qcow2 image", run: report_on_qcow2, peer: true },
-    Scenario { name: "2006: the same on a dynamic VHD image", run: report_on_vhd, peer: true },
-    Scenario { name: "2006: the same on a qcow image of that time", run: report_on_qcow, peer: true },
+    Scenario { name: "2006: the guest is told that the host is full, and recovers", run: report, peer: true },
     Scenario {
         name: "2006: with hold the guest waits for room, over restarts too, and sees no error",
         run: hold,
@@ -34,79 +25,23 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A disk of the guest's, and what serves it.
-#[derive(Clone, Copy)]
-struct Full {
-    /// As the guest calls it.
-    disk: &'static str,
-    /// Also of its file system.
-    server: &'static str,
-    /// As QEMU calls its format.
-    format: &'static str,
-}
-
-const RAW: Full = Full { disk: "vdb", server: "full", format: "raw" };
-const HOLDING: Full = Full { disk: "vdc", server: "holding", format: "raw" };
-const QCOW2: Full = Full { disk: "vdd", server: "full-qcow2", format: "qcow2" };
-const VHD: Full = Full { disk: "vde", server: "full-vhd", format: "vpc" };
-const QCOW: Full = Full { disk: "vdf", server: "full-qcow", format: "qcow" };
-/// In the order of the guest's disks.
-const ALL: [Full; 5] = [RAW, HOLDING, QCOW2, VHD, QCOW];
-
-/// All are told that there is no room, but for one, which waits for it.
+/// /dev/vdb is told that there is no room, /dev/vdc waits for it.
 pub(crate) fn boot(stage: &Stage, linux: Linux) -> Result<Boot<'_>> {
     let root = stage.work.fresh("root.raw")?;
     stage.root.disk(&root, 256 * MIB, &stage.tools)?;
-    let (mut grounds, mut disks) = (Vec::new(), vec![Plan::new("root", root)]);
-    for full in ALL {
-        let ground = Ground::with_free(&stage.work, full.server, FREE)?;
-        let mut plan = Plan::new(full.server, full.image(&ground)?).of(full.format);
-        if full.disk == HOLDING.disk && stage.arguments.server == Kind::Tapdisk {
-            plan = plan.with(&["--on-enospc", "hold"]);
-        }
-        grounds.push(ground);
-        disks.push(plan);
+    let grounds =
+        vec![Ground::with_free(&stage.work, "host", FREE)?, Ground::with_free(&stage.work, "hold", FREE)?];
+    let image = |ground: &Ground| {
+        let path = ground.path("disk.raw");
+        File::create(&path)?.set_len(SIZE)?;
+        anyhow::Ok(path)
+    };
+    let mut holding = Plan::new("holding", image(&grounds[1])?);
+    if stage.arguments.server == Kind::Tapdisk {
+        holding = holding.with(&["--on-enospc", "hold"]);
     }
+    let disks = vec![Plan::new("root", root), Plan::new("full", image(&grounds[0])?), holding];
     Boot::new(stage, "full", Settings { linux, cpus: 1, words: "lab.root=/dev/vda" }, grounds, disks)
-}
-
-impl Full {
-    /// Makes its image: of 1 GiB, with nothing in it.
-    fn image(self, ground: &Ground) -> Result<PathBuf> {
-        let path = ground.path(&format!("disk.{}", self.format));
-        if self.format == "raw" {
-            File::create(&path)?.set_len(SIZE)?;
-            return Ok(path);
-        }
-        let mut command = Command::new("qemu-img");
-        command.args(["create", "-q", "-f", self.format]);
-        if self.format == "vpc" {
-            command.args(["-o", "force_size=on"]);
-        }
-        run(command.arg(&path).arg(SIZE.to_string()))?;
-        Ok(path)
-    }
-
-    fn ground<'a>(self, boot: &'a Boot<'_>) -> Result<&'a Ground> {
-        let number = ALL.iter().position(|full| full.disk == self.disk);
-        number.and_then(|number| boot.grounds.get(number)).context("a disk on a file system of its own")
-    }
-
-    /// Whoever serves it ends in order; then the image must be sound, as QEMU finds where it can tell, and tapdisk.
-    fn must_be_sound(self, boot: &mut Boot<'_>) -> Result<()> {
-        let server = boot.server(self.server)?;
-        server.stop()?;
-        let image = server.plan().image.clone();
-        if self.format == "qcow2" {
-            run(Command::new("qemu-img").args(["check", "-q", "-f", self.format]).arg(&image))?;
-        }
-        if self.format != "raw" {
-            run(Command::new(target()?.join("release/tapdisk"))
-                .args(["check", "-f", self.format])
-                .arg(&image))?;
-        }
-        server.start_again()
-    }
 }
 
 /// A partition with an ext3 and, in it, files that are synced; returns what they hold.
@@ -124,59 +59,40 @@ fn prepare(boot: &mut Boot<'_>, disk: &str) -> Result<String> {
     Ok(sums)
 }
 
-fn report_on_raw(boot: &mut Boot<'_>) -> Result<()> {
-    report(boot, RAW)
-}
-
-fn report_on_qcow2(boot: &mut Boot<'_>) -> Result<()> {
-    report(boot, QCOW2)
-}
-
-fn report_on_vhd(boot: &mut Boot<'_>) -> Result<()> {
-    report(boot, VHD)
-}
-
-fn report_on_qcow(boot: &mut Boot<'_>) -> Result<()> {
-    report(boot, QCOW)
-}
-
 /// 1 GB, in the background. All of it would fit into the guest's file system.
 fn write_a_gigabyte(boot: &mut Boot<'_>) -> Result<Job> {
     boot.machine()?.background("dd", "dd if=/dev/zero of=/mnt/big bs=1000000 count=1000 conv=fsync")
 }
 
-fn report(boot: &mut Boot<'_>, full: Full) -> Result<()> {
-    let disk = full.disk;
-    let sums = prepare(boot, disk)?;
+fn report(boot: &mut Boot<'_>) -> Result<()> {
+    let sums = prepare(boot, "vdb")?;
     let dd = write_a_gigabyte(boot)?.wait(boot.machine()?)?;
     println!("     dd: {}", dd.said.lines().next().unwrap_or("nothing"));
     ensure!(dd.status != 0, "dd wrote and synced 1 GB where {FREE} bytes fit\n{}", dd.said);
-    let image = boot.server(full.server)?.plan().image.clone();
+    let image = boot.server("full")?.plan().image.clone();
     println!("     {} MiB of the image are allocated", mib(allocated(&image)?));
     let log = guest_log::take(boot.machine()?)?;
-    let error = log.iter().find(|line| line.text.contains(&format!("I/O error, dev {disk}, sector ")));
-    println!("     kernel: {}", error.context("the guest's kernel logged no I/O error of it")?.text);
+    let error = log.iter().find(|line| line.text.contains("I/O error, dev vdb, sector "));
+    println!("     kernel: {}", error.context("the guest's kernel logged no I/O error of vdb")?.text);
     // No look at the safe files yet: the kernel has dropped metadata that it could not write in its place, and has it
     // only in the journal until that is replayed.
     boot.cut_the_power()?;
-    boot.server(full.server)?.must_live()?;
+    boot.server("full")?.must_live()?;
 
-    full.ground(boot)?.enlarge()?;
+    boot.grounds[0].enlarge()?;
     boot.start()?;
-    boot.sh(&format!("mount -t ext3 /dev/{disk}1 /mnt")).context("after space was added")?;
+    boot.sh("mount -t ext3 /dev/vdb1 /mnt").context("after space was added")?;
     let log = guest_log::take(boot.machine()?)?;
-    let recovery =
-        log.iter().find(|line| line.text.contains(&format!("EXT4-fs ({disk}1): recovery complete")));
+    let recovery = log.iter().find(|line| line.text.contains("EXT4-fs (vdb1): recovery complete"));
     println!("     kernel: {}", recovery.context("the guest's kernel did not recover the journal")?.text);
     let found = boot.sh("cd /mnt; sha256sum safe*")?;
     ensure!(found == sums, "what was synced is not there:\n{found}\nshould be\n{sums}");
-    check(boot, disk)?;
+    check(boot, "vdb")?;
     // The file system that recovered is a working one.
-    boot.sh(&format!(
-        "set -e; mount -t ext3 /dev/{disk}1 /mnt; rm -f /mnt/big; dd if=/dev/zero of=/mnt/more bs=1M count=64 conv=fsync 2>&1"
-    ))?;
-    check(boot, disk)?;
-    full.must_be_sound(boot)?;
+    boot.sh(
+        "set -e; mount -t ext3 /dev/vdb1 /mnt; rm -f /mnt/big; dd if=/dev/zero of=/mnt/more bs=1M count=64 conv=fsync 2>&1",
+    )?;
+    check(boot, "vdb")?;
     guest_log::require_no_error(&guest_log::take(boot.machine()?)?)
 }
 
@@ -188,19 +104,19 @@ fn check(boot: &mut Boot<'_>, disk: &str) -> Result<()> {
 }
 
 fn hold(boot: &mut Boot<'_>) -> Result<()> {
-    let sums = prepare(boot, HOLDING.disk)?;
+    let sums = prepare(boot, "vdc")?;
     let job = write_a_gigabyte(boot)?;
     // Full is when no more space is taken for a while, although there is a writer.
-    let mut free = HOLDING.ground(boot)?.free()?;
+    let mut free = boot.grounds[1].free()?;
     wait_while(Duration::from_secs(240), Duration::from_secs(4), "space is being taken", || {
-        let before = std::mem::replace(&mut free, HOLDING.ground(boot)?.free()?);
+        let before = std::mem::replace(&mut free, boot.grounds[1].free()?);
         Ok(before != free || free > FREE / 10)
     })?;
-    wait_until_held(boot.server(HOLDING.server)?)?;
+    wait_until_held(boot.server("holding")?)?;
     // Who needs no space has nothing to wait for.
     boot.sh("guest read /dev/vdc 0 4194304 > /dev/null")?;
     // What is held is nobody's loss: whoever serves the disk next holds it, too.
-    let server = boot.server(HOLDING.server)?;
+    let server = boot.server("holding")?;
     server.stop().context("SIGTERM with held requests")?;
     server.start_again()?;
     wait_until_held(server).context("after an orderly restart")?;
@@ -211,11 +127,11 @@ fn hold(boot: &mut Boot<'_>) -> Result<()> {
     ensure!(early.is_none(), "dd did not wait: {early:?}");
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?).context("while writes are held")?;
 
-    HOLDING.ground(boot)?.enlarge()?;
+    boot.grounds[1].enlarge()?;
     let dd = job.wait(boot.machine()?)?;
     println!("     dd, after space was added: {}", dd.said.lines().last().unwrap_or("nothing"));
     ensure!(dd.status == 0, "dd was not spared an error:\n{}", dd.said);
-    let image = boot.server(HOLDING.server)?.plan().image.clone();
+    let image = boot.server("holding")?.plan().image.clone();
     ensure!(
         allocated(&image)? >= 1_000_000_000,
         "only {} MiB of the image are allocated",
@@ -223,7 +139,7 @@ fn hold(boot: &mut Boot<'_>) -> Result<()> {
     );
     let found = boot.sh("set -e; cd /mnt; test $(stat -c %s big) = 1000000000; sha256sum safe*")?;
     ensure!(found == sums, "what was synced is not there:\n{found}\nshould be\n{sums}");
-    check(boot, HOLDING.disk)?;
+    check(boot, "vdc")?;
     guest_log::require_no_fault(&guest_log::take(boot.machine()?)?)
 }
 

@@ -24,8 +24,6 @@ pub(crate) struct Plan {
     /// Names its log and its sockets.
     pub(crate) name: &'static str,
     pub(crate) image: PathBuf,
-    /// As QEMU calls it.
-    pub(crate) format: &'static str,
     pub(crate) queues: u16,
     pub(crate) block_size: u32,
     pub(crate) read_only: bool,
@@ -36,11 +34,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// One queue, blocks of 512 bytes, writable.
     pub(crate) fn new(name: &'static str, image: PathBuf) -> Plan {
-        Plan { name, image, format: "raw", queues: 1, block_size: 512, read_only: false, more: Vec::new() }
-    }
-
-    pub(crate) fn of(self, format: &'static str) -> Plan {
-        Plan { format, ..self }
+        Plan { name, image, queues: 1, block_size: 512, read_only: false, more: Vec::new() }
     }
 
     pub(crate) fn with(mut self, more: &[&str]) -> Plan {
@@ -213,12 +207,6 @@ fn tapdisk(command: &mut Command, plan: &Plan, socket: &Path) {
     if plan.read_only {
         command.arg("--read-only");
     }
-    // blktap and its users call vpc vhd; raw needs no word, as its images are named.
-    match plan.format {
-        "raw" => {}
-        "vpc" => drop(command.args(["--format", "vhd"])),
-        format => drop(command.args(["--format", format])),
-    }
     command.args(&plan.more).arg(&plan.image);
 }
 
@@ -226,9 +214,7 @@ fn qemu_storage_daemon(command: &mut Command, plan: &Plan, socket: &Path) {
     let (mode, writable) = if plan.read_only { (",read-only=on", "off") } else { ("", "on") };
     let image = plan.image.display();
     command.arg("--blockdev").arg(format!("driver=file,node-name=file,filename={image},discard=unmap{mode}"));
-    command
-        .arg("--blockdev")
-        .arg(format!("driver={},file=file,node-name=disk,discard=unmap{mode}", plan.format));
+    command.arg("--blockdev").arg(format!("driver=raw,file=file,node-name=disk,discard=unmap{mode}"));
     let (queues, block_size) = (plan.queues, plan.block_size);
     command.arg("--export").arg(format!(
         "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable={writable},\

@@ -41,14 +41,9 @@ impl Ground {
         Ok(ground)
     }
 
-    /// Where a file of this name is on it.
-    pub(crate) fn path(&self, name: &str) -> String {
-        format!("{}/{name}", self.folder)
-    }
-
     /// A sparse file on it.
     pub(crate) fn sparse(&self, boot: &mut Boot<'_>, name: &str, len: u64) -> Result<String> {
-        let path = self.path(name);
+        let path = format!("{}/{name}", self.folder);
         boot.sh(&format!("rm -f {path}; truncate -s {len} {path}"))?;
         Ok(path)
     }

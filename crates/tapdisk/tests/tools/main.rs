@@ -1,8 +1,0 @@
-//! The commands for images that nobody serves, run as a user runs them, next to qemu-img.
-
-mod check;
-mod convert;
-mod fail;
-mod folder;
-mod layers;
-mod tell;
