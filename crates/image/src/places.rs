@@ -71,7 +71,7 @@ impl Allowed {
     }
 
     /// Whether this path, without links in it, is allowed.
-    fn holds(&self, path: &Path) -> bool {
+    pub(crate) fn holds(&self, path: &Path) -> bool {
         // An image in a home must not reach the keys that are kept there too.
         let is_open = |below: &Path| {
             !below.components().any(|part| part.as_os_str().as_encoded_bytes().first() == Some(&b'.'))

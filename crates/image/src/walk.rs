@@ -1,6 +1,7 @@
 //! The way from an image down to all that it stands on: which files, of which formats, and whether they may be opened.
 
 use std::fmt;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -62,6 +63,8 @@ pub struct Held {
     pub poison: Option<Error>,
     /// What it is.
     identity: Identity,
+    /// Where it is without links, if the kernel can tell.
+    really: Option<PathBuf>,
 }
 
 /// An image on the way.
@@ -305,7 +308,9 @@ impl Walk<'_> {
             | OpenError::Misplaced(_)
             | OpenError::Busy { .. } => refuse(&format!("and {error}")),
         })?;
-        if held.identity != identity {
+        // Whoever may change the folders on the way could have put a link into it meanwhile.
+        let is_allowed = held.really.as_deref().is_none_or(|really| self.allowed.holds(really));
+        if held.identity != identity || !is_allowed {
             return Err(refuse(&format!("and {} was exchanged meanwhile", place.found.display())));
         }
         held.path.clone_from(&place.named);
@@ -422,6 +427,8 @@ async fn hold(handle: &Handle, path: &Path, options: &file::Options) -> Result<H
     file::check_short_transfers(handle, &opened).await?;
     let system = |doing| move |source| OpenError::System { path: path.to_owned(), doing, source };
     let found = rustix::fs::fstat(&opened.file).map_err(|errno| system("look at it")(errno.into()))?;
+    // Not so where there is no /proc.
+    let really = std::fs::read_link(format!("/proc/self/fd/{}", opened.file.as_raw_fd())).ok();
     let records = options.records.as_ref();
     let record = records.map(|records| records.of(&opened.file, path)).transpose();
     Ok(Held {
@@ -435,6 +442,7 @@ async fn hold(handle: &Handle, path: &Path, options: &file::Options) -> Result<H
         record: record.map_err(system("find out its identity"))?,
         poison: opened.poison.clone(),
         identity: Identity::of(&found),
+        really,
         storage: Rc::new(File::new(handle, opened)),
     })
 }
