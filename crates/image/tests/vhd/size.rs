@@ -118,6 +118,40 @@ fn what_the_file_has_beyond_the_end_of_a_disk_does_not_show_when_it_grows() {
 }
 
 #[test]
+fn a_batmap_says_nothing_of_blocks_that_are_new() {
+    run(async |handle| {
+        // The table stays, grows within its sector, and moves.
+        for size in [11 * MIB, 40 * MIB, 40 << 30] {
+            let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+            vhd::create(&ram, &Create { size: 5 * MIB, ..Create::default() }).await.unwrap();
+            let disk = Chain::new(&handle, Rc::new(open_image(&handle, ram.clone(), true).await.unwrap()));
+            disk.write(0, Buf::from_bytes(&vec![5; 2 << 20])).await.unwrap();
+            disk.close().await.unwrap();
+            let mut bytes = contents(&ram).await;
+            // Full are the first block, and some that the disk has not.
+            let map = 1536 + 512 + 512;
+            bytes[map] = 0x9f;
+            bytes[map + 1..map + 512].fill(0x11);
+            let sum = !(0x9f + 511 * 0x11_u32);
+            bytes[map - 512 + 24..map - 512 + 28].copy_from_slice(&sum.to_be_bytes());
+            let ram = stored(&bytes).await;
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_clean());
+            vhd::resize(&ram, size).await.unwrap();
+            let report = vhd::check(&ram, Repair::No).await.unwrap();
+            assert!(report.is_safe(), "{report:?}");
+            let bytes = contents(&ram).await;
+            judge(&bytes);
+            let number = |at: usize, len: usize| {
+                bytes[at..at + len].iter().fold(0usize, |sum, byte| sum << 8 | usize::from(*byte))
+            };
+            let head = number(512 + 16, 8) + (number(512 + 28, 4) * 4).next_multiple_of(512);
+            assert_eq!(bytes[head..head + 8], *b"tdbatmap");
+            assert_eq!(bytes[number(head + 8, 8)], 0x80, "it still says that the first block is full");
+        }
+    });
+}
+
+#[test]
 fn a_disk_does_not_grow_over_what_a_longer_one_below_it_has() {
     run(async |handle| {
         let ram = stored(&cut(&handle, Subformat::Differencing).await).await;
