@@ -37,8 +37,9 @@ pub(super) async fn has_room(file: &Rc<dyn Storage>, bytes: u64) -> Result<bool,
     Ok(more.iter().all(|byte| *byte == 0xff))
 }
 
-/// Makes the disk of an image larger; what is added reads as zero. In a differencing image it is what the image below has
-/// there: nothing, unless that was larger than the one above it, which VHD's own tools do not allow.
+/// Makes the disk of an image larger; what is added reads as zero, whatever the file has there. In a differencing image it is
+/// what the image below has there: nothing, unless that is larger than the one above it. No tool of blktap's or Microsoft's
+/// makes such an image, and [`Chain`](crate::Chain) does not let one grow.
 ///
 /// # Errors
 /// Less than it has, or more than a VHD can have; those of the image and its file.
@@ -64,8 +65,12 @@ pub async fn resize(file: &Rc<dyn Storage>, bytes: u64) -> Result<(), ImageError
             } else {
                 clear_entries(file, sparse, blocks).await?;
             }
+            let header = Header::read(file).await?;
+            if let Some(sparse) = &header.sparse {
+                clear_beyond(file, &header, sparse).await?;
+            }
             // The old copy counts until the last step.
-            let at = Header::read(file).await?.footer_at.unwrap_or(file.size());
+            let at = header.footer_at.unwrap_or(file.size());
             write(file, at, &footer.bytes()).await?;
             file.flush().await?;
             write(file, 0, &footer.bytes()).await?;
@@ -114,6 +119,35 @@ async fn grow_fixed(
     }
     write(file, at, &footer.bytes()).await?;
     Ok(file.flush().await?)
+}
+
+/// Makes zero what the last block has beyond the end of a disk that is to grow: nobody has looked at it so far. All of it,
+/// whatever its bitmap says, for QEMU looks at none.
+async fn clear_beyond(file: &Rc<dyn Storage>, header: &Header, sparse: &Sparse) -> Result<(), ImageError> {
+    let (last, used) = (header.size() / sparse.block(), header.size() % sparse.block());
+    if used == 0 {
+        return Ok(());
+    }
+    let entry = read(file, sparse.second.table_at.get() + last * 4, 4).await?;
+    let entry = entry.first_chunk().map_or(UNUSED, |bytes| u32::from_be_bytes(*bytes));
+    if entry == UNUSED {
+        return Ok(());
+    }
+    let place = u64::from(entry) * SECTOR;
+    let block = Span::new(place, sparse.bitmap() + sparse.block()).expect("below 2^42");
+    if let Some(taken) = sparse.taken.iter().find(|taken| taken.overlaps(block)) {
+        return Err(ImageError::Invalid(format!(
+            "block {last} is at {block:?}, over metadata at {taken:?}: a check says more"
+        )));
+    }
+    // A block that was given a place and nothing else may end behind the file's blocks.
+    let end = header.footer_at.unwrap_or(file.size());
+    let beyond = block.split_at(end).0.split_at(place + sparse.bitmap() + used).1;
+    if !beyond.is_empty() {
+        file.zero(beyond, Zeroing { unmap: true, fast: false }).await?;
+        file.flush().await?;
+    }
+    Ok(())
 }
 
 /// Sees to it that the entries of blocks that the disk is to have are unused: nobody has looked at them so far.
