@@ -9,6 +9,7 @@ mod bytes;
 mod check;
 mod counts;
 mod create;
+mod enlarge;
 mod entry;
 mod extension;
 mod free;
