@@ -57,7 +57,7 @@ impl Allowed {
 
     /// Where a name in the image at `image` leads, if it may be followed.
     pub(crate) fn follow(&self, image: &Path, name: &str) -> Result<Place, Refusal> {
-        let named = resolve(image, name).ok_or(Refusal::Elsewhere)?;
+        let named = named(image, name).ok_or(Refusal::Elsewhere)?;
         let found = named.canonicalize().map_err(|error| {
             if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
                 return Refusal::Missing(named.clone());
@@ -68,6 +68,11 @@ impl Allowed {
             return Err(Refusal::Forbidden(found));
         }
         Ok(Place { named, found })
+    }
+
+    /// Whether the image at `image` may not have this name followed, although it leads to a file.
+    pub fn forbids(&self, image: &Path, name: &str) -> bool {
+        matches!(self.follow(image, name), Err(Refusal::Forbidden(_)))
     }
 
     /// Whether this path, without links in it, is allowed.
@@ -99,8 +104,8 @@ pub(crate) struct Place {
     pub(crate) found: PathBuf,
 }
 
-/// The path that an image means by a name, or `None` for what is no path: `json:{...}`, `nbd://...`, `C:\...`.
-fn resolve(image: &Path, name: &str) -> Option<PathBuf> {
+/// The path that the image at `image` means by a name, or `None` for what is no path: `json:{...}`, `nbd://...`, `C:\...`.
+pub fn named(image: &Path, name: &str) -> Option<PathBuf> {
     let name = match name.strip_prefix("file:") {
         Some(path) => path,
         // As QEMU decides it: a colon before the first slash.

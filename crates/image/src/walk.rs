@@ -162,7 +162,7 @@ impl Walk<'_> {
                 self.lowest().file.path.display()
             )));
         };
-        let place = self.follow(&name, Role::Data)?;
+        let place = self.follow_data(&name)?;
         let read_only = self.options.file.read_only || self.layers.len() > 1;
         let data = self.hold(&place, &name, Role::Data, read_only).await?;
         if let Some(layer) = self.layers.last_mut() {
@@ -270,6 +270,26 @@ impl Walk<'_> {
                 ),
             ),
         })
+    }
+
+    /// Where the name of a data file leads. As QEMU has it, a relative one counts from where the process is; who is elsewhere
+    /// than who made the image finds it beside the image.
+    fn follow_data(&self, name: &str) -> Result<Place, ImageError> {
+        let beside = self.follow(name, Role::Data);
+        let Ok(here) = self.allowed.follow(Path::new(""), name) else { return beside };
+        match &beside {
+            Ok(beside) if beside.found != here.found => Err(self.refuse(
+                name,
+                Role::Data,
+                &format!(
+                    "which may be {}, as QEMU would have it, or {}: which is it? Give one of them another name, or work in \
+                     another folder",
+                    here.named.display(),
+                    beside.named.display()
+                ),
+            )),
+            Ok(_) | Err(_) => Ok(here),
+        }
     }
 
     /// "IMAGE names the backing file NAME, ..."
@@ -393,7 +413,7 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
         look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
-            "{path} {}: --format raw serves its bytes as they are",
+            "{path} {}: --format raw takes its bytes as they are",
             described(look)
         ))),
     }
@@ -416,7 +436,7 @@ fn described(look: Look) -> String {
 fn remedy(role: Role) -> &'static str {
     match role {
         Role::Backing => {
-            ". `tapdisk rebase` corrects the name; --no-backing with --read-only shows what the image has itself"
+            ". `tapdisk rebase -u` corrects the name; `tapdisk serve --no-backing --read-only` shows what the image has itself"
         }
         Role::Data => "",
     }

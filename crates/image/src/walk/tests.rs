@@ -47,8 +47,9 @@ impl Folder {
 
     /// The names of files from the top down with their formats, or why not.
     fn walk(&self, name: &str, change: impl FnOnce(&mut Options)) -> Result<Vec<String>, String> {
-        let file =
-            file::Options { read_only: true, wait: std::time::Duration::ZERO, ..file::Options::default() };
+        // A lock outlives its file for a moment: other tests fork, and rings end late.
+        let wait = std::time::Duration::from_secs(1);
+        let file = file::Options { read_only: true, wait, ..file::Options::default() };
         let mut options = Options { file, ..Options::default() };
         change(&mut options);
         // One of its own: with it all files are closed again.
