@@ -24,6 +24,14 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     if plan.data_file().is_some() {
         bail!("-o data_file is for `tapdisk create`; then `qemu-img convert -n` fills it");
     }
+    if let (Some(name), _) = plan.backing(None, None)? {
+        bail!(
+            "a copy has all the bytes of the disk itself: `tapdisk create -b {name}` makes an image over another"
+        );
+    }
+    if plan.size()?.is_some() {
+        bail!("-o size: a copy is as large as the disk; `tapdisk resize` makes it larger");
+    }
     if arguments.compress && format != Format::Qcow2 {
         bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
     }

@@ -1,6 +1,6 @@
 //! `tapdisk create`: makes an image.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, bail};
@@ -26,7 +26,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
         Some(name) => Some(look_below(handle, arguments, path, name, format).await?),
         None => None,
     };
-    let below_name = below.as_ref().map(|below| below.name.clone());
+    let mut named: Vec<PathBuf> = below.iter().map(|below| from_image(path, &below.name)).collect();
     let bytes = match (arguments.size, plan.size()?, &below) {
         (Some(_), Some(_), _) => bail!("the size is given twice: as SIZE and by -o size"),
         (Some(bytes), None, _) | (None, Some(bytes), _) => bytes,
@@ -40,13 +40,14 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let failed = || format!("cannot make {}", path.display());
     let (data, apart) = data_file(handle, arguments, &mut plan, path).await?;
+    named.extend(apart.as_ref().and_then(|apart| image::named(Path::new(""), &apart.name)));
     plan.make(&file, bytes, below, apart).await.with_context(failed)?;
     file.flush().await.with_context(failed)?;
     // An image is whole when its data file is there.
     data.map_or(Ok(()), target::Target::finish)?;
     target.finish()?;
-    if let Some(name) = below_name {
-        say_if_forbidden(path, &name, &arguments.places);
+    for named in named {
+        say_if_forbidden(path, &named, &arguments.places);
     }
     let (format, shown) = (arguments.format, size::show(bytes));
     crate::print(format!("Made {}: {format}, {shown}\n", path.display()).as_bytes())
