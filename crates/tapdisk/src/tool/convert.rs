@@ -39,7 +39,9 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     let asked = Asked::new(&arguments.source, arguments.format, Access::Read, &arguments.places);
     let source = Asked { cache: source_cache, ..asked }.open(handle).await?;
     refuse_own_source(&source, &arguments.target)?;
-    let (target, opened) = target::make(&arguments.target, arguments.force, cache(arguments.target_cache))?;
+    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let target_cache = cache(arguments.target_cache);
+    let (target, opened) = target::make(&arguments.target, arguments.force, target_cache, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let late: Rc<dyn Storage> = Rc::new(Late(file.clone()));

@@ -14,7 +14,7 @@ use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if
 use super::plan::{Apart, Below, Plan};
 use super::target;
 use crate::cli::tool::Create;
-use crate::size;
+use crate::{size, state};
 
 pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<()> {
     let Some(mut plan) = Plan::new(arguments.format, &arguments.options)? else { return Ok(()) };
@@ -35,7 +35,8 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
             bail!("how large is the disk to be? Give SIZE, as in `tapdisk create {} 10G`", path.display())
         }
     };
-    let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered)?;
+    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let failed = || format!("cannot make {}", path.display());
