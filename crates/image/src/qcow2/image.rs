@@ -285,6 +285,15 @@ impl Image for Qcow2 {
         Box::pin(self.publish(placement))
     }
 
+    fn committed(&self, placement: &Placement) -> bool {
+        // Another request may have published it, whose answer still waits.
+        placement.keep.is_none() && self.metadata.is_saved()
+    }
+
+    fn memory(&self) -> usize {
+        self.metadata.memory()
+    }
+
     fn give_up(&self, placement: Placement) {
         self.give_up_place(placement);
     }

@@ -74,41 +74,43 @@ async fn copy(
     if arguments.compress {
         return Ok(tool::pack(handle, &from, &file, &watch).await?);
     }
-    let (image, unit) = open_new(handle, file, format).await?;
+    let (image, unit, alone) = open_new(handle, file, format).await?;
     let to = Rc::new(Chain::new(handle, image));
     if to.size() < from.size() {
         let (there, needed) = (to.size(), from.size());
         bail!("{} has {there} bytes, the disk {needed}", arguments.target.display());
     }
-    let how = tool::Convert { unit, blank: target.is_file() || format != Format::Raw };
+    let how = tool::Convert { unit, alone, blank: target.is_file() || format != Format::Raw };
     let storage: Rc<dyn Storage> = to.clone();
     tool::convert(handle, &from, &storage, how, &watch).await?;
     to.close().await.map_err(ToolError::Target)?;
     Ok(())
 }
 
-/// Opens an image that was just made; also how many bytes it allocates as one.
+/// Opens an image that was just made; also how many bytes it allocates as one, and in how many there is one first write at a
+/// time.
 async fn open_new(
     handle: &Handle,
     file: Rc<dyn Storage>,
     format: Format,
-) -> anyhow::Result<(Rc<dyn Image>, u64)> {
+) -> anyhow::Result<(Rc<dyn Image>, u64, u64)> {
     let settings = Settings { writable: true, ..Settings::default() };
     Ok(match format {
-        Format::Raw => (Rc::new(Raw::new(file)), 4096),
+        Format::Raw => (Rc::new(Raw::new(file)), 4096, 4096),
         Format::Qcow => {
             let header = qcow::Header::read(&file).await?;
             let unit = header.cluster_size().into();
-            (Rc::new(qcow::Qcow::open(handle, header, file, settings).await?), unit)
+            (Rc::new(qcow::Qcow::open(handle, header, file, settings).await?), unit, unit)
         }
         Format::Qcow2 => {
             let header = qcow2::Header::read(&file).await?;
             let unit = header.cluster_size();
-            (Rc::new(qcow2::Qcow2::open(handle, header, file, None, settings).await?), unit)
+            (Rc::new(qcow2::Qcow2::open(handle, header, file, None, settings).await?), unit, unit)
         }
         Format::Vhd => {
             let header = vhd::Header::read(&file).await?;
-            (Rc::new(vhd::Vhd::open(handle, header, file, settings).await?), 4096)
+            let alone = header.block().unwrap_or(4096);
+            (Rc::new(vhd::Vhd::open(handle, header, file, settings).await?), 4096, alone)
         }
     })
 }
