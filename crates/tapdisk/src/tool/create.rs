@@ -65,7 +65,8 @@ async fn data_file(
     refuse_no_path(image, &name)?;
     // As QEMU has it, a relative name counts from where the process is.
     let path = image::named(Path::new(""), &name).context("it is a path")?;
-    let (target, opened) = target::make(&path, arguments.force, file::Cache::Buffered)?;
+    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let (target, opened) = target::make(&path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let storage: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     Ok((Some(target), Some(Apart { name, storage })))
