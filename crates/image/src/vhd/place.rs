@@ -29,9 +29,7 @@ impl Blocks {
         match self.look(span)? {
             // A file that ends before what its table points to is not written there.
             crate::Extent::Data { at, len, .. } if at + len > self.metadata.file().size() => None,
-            crate::Extent::Data { at, len, pin } => {
-                Some(Placement::shown(at, len, pin))
-            }
+            crate::Extent::Data { at, len, pin } => Some(Placement::shown(at, len, pin)),
             crate::Extent::Zero { .. } | crate::Extent::Below { .. } | crate::Extent::Packed { .. } => None,
         }
     }
