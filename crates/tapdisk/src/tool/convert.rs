@@ -17,6 +17,7 @@ use super::plan::Plan;
 use super::progress::Progress;
 use super::target::{self, Target};
 use crate::cli::tool::{Cache, Convert};
+use crate::state;
 
 pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<()> {
     let format = arguments.output_format;

@@ -8,7 +8,7 @@ use image::probe::{self, Look};
 use image::{Format, Header, Layer};
 use runtime::Handle;
 use storage::Storage;
-use storage::file::{self, File};
+use storage::file::{self, File, Records};
 
 use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
 use super::plan::{Apart, Below, Plan};
@@ -40,7 +40,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let failed = || format!("cannot make {}", path.display());
-    let (data, apart) = data_file(handle, arguments, &mut plan, path).await?;
+    let (data, apart) = data_file(handle, arguments, &mut plan, path, records.as_ref()).await?;
     named.extend(apart.as_ref().and_then(|apart| image::named(Path::new(""), &apart.name)));
     plan.make(&file, bytes, below, apart).await.with_context(failed)?;
     file.flush().await.with_context(failed)?;
@@ -60,13 +60,13 @@ async fn data_file(
     arguments: &Create,
     plan: &mut Plan,
     image: &Path,
+    records: Option<&Records>,
 ) -> anyhow::Result<(Option<target::Target>, Option<Apart>)> {
     let Some(name) = plan.data_file() else { return Ok((None, None)) };
     refuse_no_path(image, &name)?;
     // As QEMU has it, a relative name counts from where the process is.
     let path = image::named(Path::new(""), &name).context("it is a path")?;
-    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
-    let (target, opened) = target::make(&path, arguments.force, file::Cache::Buffered, records.as_ref())?;
+    let (target, opened) = target::make(&path, arguments.force, file::Cache::Buffered, records)?;
     file::check_short_transfers(handle, &opened).await?;
     let storage: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     Ok((Some(target), Some(Apart { name, storage })))
