@@ -101,11 +101,12 @@ async fn open_on(
     data: Option<Rc<dyn Storage>>,
     settings: Settings,
 ) -> Result<Rc<dyn Image>, ImageError> {
+    // Their futures are large, and a raw image has none of it on its stack.
     Ok(match layer.header.clone() {
         Header::Raw { .. } => Rc::new(Raw::new(file)),
-        Header::Qcow(header) => Rc::new(Qcow::open(handle, *header, file, settings).await?),
-        Header::Qcow2(header) => Rc::new(Qcow2::open(handle, *header, file, data, settings).await?),
-        Header::Vhd(header) => Rc::new(Vhd::open(handle, *header, file, settings).await?),
+        Header::Qcow(header) => Rc::new(Box::pin(Qcow::open(handle, *header, file, settings)).await?),
+        Header::Qcow2(header) => Rc::new(Box::pin(Qcow2::open(handle, *header, file, data, settings)).await?),
+        Header::Vhd(header) => Rc::new(Box::pin(Vhd::open(handle, *header, file, settings)).await?),
     })
 }
 

@@ -22,6 +22,9 @@ use crate::{logging, size};
 
 /// Memory for requests that the kernel is told of once (registered buffers).
 const ARENA: usize = 16 << 20;
+/// Bytes of the stack of the disk's thread. To open an image takes much of it where nothing is optimised: each await of a
+/// task's depth has its own copy of what it waits for.
+const STACK: usize = 16 << 20;
 /// How many queues a guest by vhost-user may have, if nobody says.
 const QUEUES: u16 = 64;
 
@@ -47,6 +50,7 @@ pub(crate) fn run(arguments: &Serve) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let disk = std::thread::Builder::new()
             .name("tapdisk-disk".into())
+            .stack_size(STACK)
             .spawn_scoped(scope, move || {
                 let _ended = EndSignals(ended);
                 serve(arguments, mailbox)

@@ -4,11 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use nbd_client::{Errno, Style};
+use rustix::fs::FlockOperation;
 use tempfile::TempDir;
 
 use crate::formats::{FORMS, KIB, MIB, as_qemu_reads_it, judged, make, qemu};
 use crate::power_cut::{Random, Shape, Workload};
-use crate::server::{Ask, CACHES, Server, pattern, refused, rule};
+use crate::server::{Ask, CACHES, Server, pattern, refused, rule, wait_until};
 
 /// Bytes of the disks.
 const SIZE: u64 = 32 * MIB;
@@ -45,6 +46,15 @@ impl Subject {
     fn serve(&self, cache: &str) -> Server<'static> {
         let words = self.words();
         Server::of(&[&words[0], &words[1], &words[2], "--cache", cache])
+    }
+
+    /// Linux may end a transfer after the process whose it is; until then that has the lock of the file, for which a
+    /// successor waits, and QEMU does not.
+    fn wait_for_the_last_transfer(&self) {
+        let file = std::fs::File::open(&self.path).unwrap();
+        wait_until("the dead server has no lock", || {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+        });
     }
 
     /// What is in the ledger, and where.
@@ -96,6 +106,7 @@ fn a_server_that_is_killed_a_hundred_times_loses_no_answered_write_and_leaves_im
             workload.step();
         }
         server.kill();
+        subject.wait_for_the_last_transfer();
         workload.lose_clients();
         // Without the ledger, as after a power cut: what was flushed is there.
         is_safe(&subject.path, subject.format, &what);

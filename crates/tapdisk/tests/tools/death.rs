@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use faultfs::{FaultFs, Options};
+use rustix::fs::FlockOperation;
 
 use crate::folder::Folder;
 
@@ -44,9 +45,24 @@ fn is_killed(fs: &FaultFs, folder: &Folder, words: &[&str], rule: &str) -> bool 
     fs.release();
     match status {
         Some(status) => assert!(status.success(), "{words:?}: {status}"),
-        None => assert!(!child.wait().unwrap().success(), "{words:?} was killed"),
+        None => {
+            assert!(!child.wait().unwrap().success(), "{words:?} was killed");
+            wait_for_its_last(fs);
+        }
     }
     status.is_none()
+}
+
+/// Linux may end a transfer after the process whose it is; until then that has the lock of the file.
+fn wait_for_its_last(fs: &FaultFs) {
+    let started = Instant::now();
+    for entry in std::fs::read_dir(fs.path()).unwrap() {
+        let file = std::fs::File::open(entry.unwrap().path()).unwrap();
+        while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            assert!(started.elapsed() < LONG, "a process that is dead still has a lock");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
 }
 
 /// The disk has its bytes, and the image leaks at most.
