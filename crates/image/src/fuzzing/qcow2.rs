@@ -125,8 +125,10 @@ impl Subject for Qcow2 {
 
 /// The data file of an image: the same each time.
 fn data_of(file: &Rc<dyn Storage>) -> Rc<dyn Storage> {
+    /// An image and its data file.
+    type Pair = (Rc<dyn Storage>, Rc<dyn Storage>);
     thread_local! {
-        static LAST: RefCell<Option<(Rc<dyn Storage>, Rc<dyn Storage>)>> = RefCell::default();
+        static LAST: RefCell<Option<Pair>> = RefCell::default();
     }
     LAST.with(|last| {
         let mut last = last.borrow_mut();

@@ -139,6 +139,14 @@ async fn inspect(file: &Rc<dyn Storage>, header: &Header) -> Result<Found> {
     let marks = walk.marks(&mut stored, active, false).await?;
     report.corruptions += marks;
     report.corruptions += misplaced::misplaced(file, header, &mut report, false).await?;
+    let within = shared::within_l1(file, header).await;
+    if within > 0 {
+        report.corruptions += within;
+        report.note(|| {
+            format!("{within} L2 tables lie in the clusters of the L1 table, which cannot be told apart")
+        });
+        (faults.lost, faults.hopeless) = (true, true);
+    }
     report.image_end_offset = counts.end;
     Ok(Found { report, faults, counts })
 }

@@ -60,6 +60,16 @@ pub(super) async fn part(file: &Rc<dyn Storage>, header: &mut Header) -> Result<
     Ok(parted)
 }
 
+/// How many L2 tables lie where the active L1 table is: then whatever is written to one is written to the other. What cannot be
+/// read is not among them, and the walk has told of it.
+pub(super) async fn within_l1(file: &Rc<dyn Storage>, header: &Header) -> u64 {
+    let end = (header.l1_at + u64::from(header.l1_entries) * 8).next_multiple_of(header.cluster_size());
+    match active_tables(file, header).await {
+        Ok(tables) => tables.iter().filter(|(at, _)| (header.l1_at..end).contains(at)).count() as u64,
+        Err(_unreadable) => 0,
+    }
+}
+
 /// Entries of L1 whose table has another entry before.
 async fn tables(file: &Rc<dyn Storage>, header: &Header, most: u64) -> Result<Vec<Double>> {
     let mut found = Vec::new();

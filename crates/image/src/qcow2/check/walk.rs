@@ -184,24 +184,7 @@ impl<'a> Walk<'a> {
         if let Some(refcounts) = refcounts {
             self.refcounts(counter, refcounts, entries);
         }
-        self.alone(counter);
         Ok(())
-    }
-
-    /// Where the active L1 table is there is nothing else, or whatever is written to one is written to the other.
-    fn alone(&mut self, counter: &Counter) {
-        let Root { at, entries: len } = self.active();
-        let window = counter.window();
-        let clusters = at / self.cluster()..(at + len * 8).div_ceil(self.cluster());
-        let crowded = clusters.filter(|number| window.contains(number) && counter.get(*number) > 1).count();
-        if crowded > 0 {
-            // Each window tells of its own, so these are told of once whatever the others do.
-            self.wrong(Entries::Note, || {
-                format!("{crowded} clusters of the L1 table at {at} are something else as well")
-            });
-            self.faults.lost = true;
-            self.faults.hopeless = true;
-        }
     }
 
     /// Counts what refers while the disk is used: its own tables, and those of the counts.
@@ -439,14 +422,9 @@ impl<'a> Walk<'a> {
             return;
         }
         self.span(counter, at, len, 1, entries, "refcount table");
-        let crowded =
-            (at / self.cluster()..end.div_ceil(self.cluster())).filter(|number| counter.get(*number) > 1);
-        if let crowded @ 1.. = crowded.count() {
-            self.wrong(Entries::Note, || {
-                format!("{crowded} clusters of the refcount table at {at} are something else as well")
-            });
-            self.faults.rebuild = true;
-        }
+        // What else is there would be overwritten; the counts say that it is, or are wrong anyway.
+        let mut clusters = at / self.cluster()..end.div_ceil(self.cluster());
+        self.faults.rebuild |= clusters.any(|number| counter.get(number) > 1);
         for (index, word) in table.iter().enumerate().filter(|(_, word)| **word != 0) {
             match refcount_block(*word, self.header, self.file.size()) {
                 Some(block) => counter.add(block / self.cluster(), 1),
