@@ -1,5 +1,6 @@
 //! qcow2 under trial.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use runtime::Handle;
@@ -111,8 +112,7 @@ impl Subject for Qcow2 {
             if settings.writable {
                 qcow2::prepare(file, &mut header).await?;
             }
-            let data: Option<Rc<dyn Storage>> =
-                header.has_data_file().then(|| Rc::new(Ram::new(1 << 20)) as Rc<dyn Storage>);
+            let data = header.has_data_file().then(|| data_of(file));
             let image = qcow2::Qcow2::open(handle, header, file.clone(), data, settings).await?;
             Ok::<Rc<dyn Image>, ImageError>(Rc::new(image))
         })
@@ -121,6 +121,26 @@ impl Subject for Qcow2 {
     fn check<'a>(&'a self, file: &'a Rc<dyn Storage>, repair: Repair) -> Tried<'a, Report> {
         Box::pin(qcow2::check(file, repair))
     }
+}
+
+/// The data file of an image: the same each time.
+fn data_of(file: &Rc<dyn Storage>) -> Rc<dyn Storage> {
+    /// An image and its data file.
+    type Pair = (Rc<dyn Storage>, Rc<dyn Storage>);
+    thread_local! {
+        static LAST: RefCell<Option<Pair>> = RefCell::default();
+    }
+    LAST.with(|last| {
+        let mut last = last.borrow_mut();
+        match &*last {
+            Some((of, data)) if Rc::ptr_eq(of, file) => data.clone(),
+            Some(_) | None => {
+                let data: Rc<dyn Storage> = Rc::new(Ram::new(1 << 20));
+                *last = Some((file.clone(), data.clone()));
+                data
+            }
+        }
+    })
 }
 
 async fn write(handle: &Handle, file: &Rc<dyn Storage>) {

@@ -35,7 +35,8 @@ pub(super) fn run(subject: &'static dyn Subject, bytes: &[u8]) {
         let panics = runtime.handle().panics();
         let handle = runtime.handle().clone();
         runtime.block_on(async move {
-            let trial = Trial { subject, handle, program, image, len };
+            let refused = RefCell::default();
+            let trial = Trial { subject, handle, program, image, len, refused };
             trial.look().await;
             trial.use_as_it_is().await;
             trial.repair().await;
@@ -197,6 +198,8 @@ struct Trial {
     program: Program,
     image: Vec<u8>,
     len: u64,
+    /// Why it could not be opened, the last time.
+    refused: RefCell<String>,
 }
 
 impl Trial {
@@ -233,6 +236,7 @@ impl Trial {
             }
             Err(error) => {
                 Self::refusal(&error);
+                *self.refused.borrow_mut() = error.to_string();
                 None
             }
         }
@@ -312,7 +316,9 @@ impl Trial {
             return;
         }
         let again = soon(self.subject.check(&file, Repair::No)).await;
-        let again = again.unwrap_or_else(|error| panic!("what was repaired cannot be checked: {error}"));
+        let again = again.unwrap_or_else(|error| {
+            panic!("what was repaired cannot be checked: {error}; there was {report:?}")
+        });
         assert!(again.is_safe(), "after a repair: {again:?}, which had found {report:?}");
         let Some(mut disk) = self.open(&file, true).await else { return };
         if disk.size() > MODEL_MAX {
@@ -333,7 +339,8 @@ impl Trial {
                         return;
                     }
                     let Some(again) = self.open(&file, true).await else {
-                        panic!("a sound image cannot be opened any more");
+                        let why = self.refused.borrow();
+                        panic!("a sound image cannot be opened any more: {why}");
                     };
                     disk = again;
                     if disk.size() > MODEL_MAX {

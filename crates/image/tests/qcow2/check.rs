@@ -293,3 +293,25 @@ fn entries_that_lead_to_one_cluster_get_their_own_by_a_repair() {
         }
     }
 }
+
+#[test]
+fn in_a_data_file_each_cluster_has_the_place_that_it_has_on_the_disk() {
+    let folder = scratch();
+    let path = folder.path().join("image");
+    let name = path.to_str().unwrap();
+    let data = format!("data_file={}", folder.path().join("data").display());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, name, "4M"]);
+    qemu_io(&path, &["write -P 1 0 64k", "write -P 2 64k 64k", "write -P 3 1M 64k"]);
+    let file = load(&path);
+    let l2 = word(&file, now(Header::read(&file)).unwrap().l1_at) & 0x00ff_ffff_ffff_fe00;
+    assert!(ours(&file, Repair::No).is_clean());
+    let (first, second) = (word(&file, l2), word(&file, l2 + 8));
+    put(&file, l2, second);
+    put(&file, l2 + 8, first);
+    assert_eq!(ours(&file, Repair::No).corruptions, 2);
+    let report = ours(&file, Repair::All);
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 2));
+    save(&file, &path);
+    assert_eq!(check(&path)["code"], 0);
+    qemu_io(&path, &["read -P 1 0 64k", "read -P 2 64k 64k", "read -P 3 1M 64k"]);
+}

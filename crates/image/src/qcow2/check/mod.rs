@@ -14,6 +14,7 @@
 mod copied;
 mod counter;
 mod entry;
+mod misplaced;
 mod rebuild;
 mod shared;
 mod stored;
@@ -70,7 +71,9 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
     let mut parted = 0;
     if repair == Repair::All && left.all_known() && left.counts.corruptions == left.counts.overflows {
         parted = shared::part(file, &mut header).await?;
-        if parted > 0 {
+        // Each table has one entry of L1 now, which says where on the disk its clusters are.
+        let moved = misplaced::misplaced(file, &header, &mut Report::default(), true).await?;
+        if parted + moved > 0 {
             settle(file, &header).await?;
             left = inspect(file, &header).await?;
         }
@@ -135,6 +138,15 @@ async fn inspect(file: &Rc<dyn Storage>, header: &Header) -> Result<Found> {
     let active = walk.active();
     let marks = walk.marks(&mut stored, active, false).await?;
     report.corruptions += marks;
+    report.corruptions += misplaced::misplaced(file, header, &mut report, false).await?;
+    let within = shared::within_l1(file, header).await;
+    if within > 0 {
+        report.corruptions += within;
+        report.note(|| {
+            format!("{within} L2 tables lie in the clusters of the L1 table, which cannot be told apart")
+        });
+        (faults.lost, faults.hopeless) = (true, true);
+    }
     report.image_end_offset = counts.end;
     Ok(Found { report, faults, counts })
 }

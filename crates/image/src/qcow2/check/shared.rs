@@ -4,7 +4,7 @@
 //! counts say how many they are nothing gets lost by them: whoever writes to one gets a copy. But then the last one is left
 //! alone without the mark of that, which the next check takes for a fault; and counts of one bit have no room for two.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use block::Result;
@@ -16,7 +16,7 @@ use super::super::header::Header;
 use super::super::offline::read_table;
 use super::entry::{Judge, PLACE, Target};
 use super::stored::{Change, Stored};
-use super::walk::{Plan, Walk, l2_entries};
+use super::walk::{Entries, Plan, Walk, l2_entries};
 use super::{clusters, free_run, rebuild, sweep};
 use crate::Report;
 
@@ -60,6 +60,16 @@ pub(super) async fn part(file: &Rc<dyn Storage>, header: &mut Header) -> Result<
     Ok(parted)
 }
 
+/// How many L2 tables lie where the active L1 table is: then whatever is written to one is written to the other. What cannot be
+/// read is not among them, and the walk has told of it.
+pub(super) async fn within_l1(file: &Rc<dyn Storage>, header: &Header) -> u64 {
+    let end = (header.l1_at + u64::from(header.l1_entries) * 8).next_multiple_of(header.cluster_size());
+    match active_tables(file, header).await {
+        Ok(tables) => tables.iter().filter(|(at, _)| (header.l1_at..end).contains(at)).count() as u64,
+        Err(_unreadable) => 0,
+    }
+}
+
 /// Entries of L1 whose table has another entry before.
 async fn tables(file: &Rc<dyn Storage>, header: &Header, most: u64) -> Result<Vec<Double>> {
     let mut found = Vec::new();
@@ -90,10 +100,11 @@ async fn active_tables(file: &Rc<dyn Storage>, header: &Header) -> Result<Vec<(u
 /// has compressed bytes. Where the table with such an entry is a snapshot's as well, it is the table that comes first: what is
 /// changed in it would be changed for both.
 async fn data(file: &Rc<dyn Storage>, header: &Header, most: u64) -> Result<Vec<Double>> {
-    let mut stored = Stored::read(file, header).await?;
+    let stored = Stored::read(file, header).await?;
     let judge = Judge::new(header, file.size());
     let mut tables = active_tables(file, header).await?;
     tables.dedup_by_key(|(at, _)| *at);
+    let crowded = crowded(file, header, &stored.table, &tables).await?;
     let mut counter = clusters(header);
     let mut found = Vec::new();
     let mut copied: HashMap<u64, u64> = HashMap::new();
@@ -106,7 +117,7 @@ async fn data(file: &Rc<dyn Storage>, header: &Header, most: u64) -> Result<Vec<
                 let Ok(Target::Cluster { at }) = judge.l2(words) else { continue };
                 let number = at >> header.cluster_bits;
                 let left = counter.get(number).saturating_sub(copied.get(&number).copied().unwrap_or(0));
-                if left > 1 && stored.get(table >> header.cluster_bits).await? > 1 {
+                if left > 1 && crowded.contains(table) {
                     let place = header.l1_at + index * 8;
                     found.push(Double { place, word: table | COPIED, is_table: true });
                     break;
@@ -122,6 +133,27 @@ async fn data(file: &Rc<dyn Storage>, header: &Header, most: u64) -> Result<Vec<
         }
         if !counter.advance() {
             return Ok(found);
+        }
+    }
+}
+
+/// Those of these tables that something else refers to as well.
+async fn crowded(
+    file: &Rc<dyn Storage>,
+    header: &Header,
+    refcounts: &[u64],
+    tables: &[(u64, u64)],
+) -> Result<HashSet<u64>> {
+    let mut counter = clusters(header);
+    let mut crowded = HashSet::new();
+    loop {
+        let (mut scratch, plan) = (Report::default(), Plan::default());
+        let mut walk = Walk::new(file, header, &mut scratch, &plan);
+        walk.references(&mut counter, Entries::Known, Some(refcounts)).await?;
+        let found = tables.iter().filter(|(at, _)| counter.get(at >> header.cluster_bits) > 1);
+        crowded.extend(found.map(|(at, _)| *at));
+        if !counter.advance() {
+            return Ok(crowded);
         }
     }
 }

@@ -151,7 +151,9 @@ impl<'a> Walk<'a> {
                 for snapshot in table.snapshots {
                     let root = Root { at: snapshot.l1_at, entries: snapshot.l1_entries.into() };
                     let len = root.entries * 8;
-                    if len > L1_MAX || !root.at.is_multiple_of(self.cluster()) {
+                    // One in the header would have that overwritten by a repair of its entries.
+                    let is_sound = root.at.is_multiple_of(self.cluster()) && (root.at > 0 || len == 0);
+                    if len > L1_MAX || !is_sound {
                         self.wrong(entries, || {
                             format!("the L1 table of snapshot `{}` is at {}+{len}", snapshot.name, root.at)
                         });
@@ -420,6 +422,9 @@ impl<'a> Walk<'a> {
             return;
         }
         self.span(counter, at, len, 1, entries, "refcount table");
+        // What else is there would be overwritten; the counts say that it is, or are wrong anyway.
+        let mut clusters = at / self.cluster()..end.div_ceil(self.cluster());
+        self.faults.rebuild |= clusters.any(|number| counter.get(number) > 1);
         for (index, word) in table.iter().enumerate().filter(|(_, word)| **word != 0) {
             match refcount_block(*word, self.header, self.file.size()) {
                 Some(block) => counter.add(block / self.cluster(), 1),
