@@ -70,9 +70,9 @@ impl Allowed {
         Ok(Place { named, found })
     }
 
-    /// Whether the image at `image` may not have this name followed, although it leads to a file.
-    pub fn forbids(&self, image: &Path, name: &str) -> bool {
-        matches!(self.follow(image, name), Err(Refusal::Forbidden(_)))
+    /// Whether this file is there and an image may not name it.
+    pub fn forbids(&self, path: &Path) -> bool {
+        path.canonicalize().is_ok_and(|found| !self.holds(&found))
     }
 
     /// Whether this path, without links in it, is allowed.

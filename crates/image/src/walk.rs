@@ -244,8 +244,13 @@ impl Walk<'_> {
 
     /// Where a name in the lowest image leads.
     fn follow(&self, name: &str, role: Role) -> Result<Place, ImageError> {
-        let image = &self.lowest().file.path;
-        self.allowed.follow(image, name).map_err(|refusal| match refusal {
+        let place = self.allowed.follow(&self.lowest().file.path, name);
+        place.map_err(|refusal| self.explain(name, role, refusal))
+    }
+
+    /// Why a name is not followed, and what can be done.
+    fn explain(&self, name: &str, role: Role, refusal: Refusal) -> ImageError {
+        match refusal {
             Refusal::Elsewhere => self.refuse(
                 name,
                 role,
@@ -269,16 +274,15 @@ impl Walk<'_> {
                     path.parent().unwrap_or(&path).display()
                 ),
             ),
-        })
+        }
     }
 
     /// Where the name of a data file leads. As QEMU has it, a relative one counts from where the process is; who is elsewhere
     /// than who made the image finds it beside the image.
     fn follow_data(&self, name: &str) -> Result<Place, ImageError> {
-        let beside = self.follow(name, Role::Data);
-        let Ok(here) = self.allowed.follow(Path::new(""), name) else { return beside };
-        match &beside {
-            Ok(beside) if beside.found != here.found => Err(self.refuse(
+        let follow = |image: &Path| self.allowed.follow(image, name);
+        match (follow(Path::new("")), follow(&self.lowest().file.path)) {
+            (Ok(here), Ok(beside)) if beside.found != here.found => Err(self.refuse(
                 name,
                 Role::Data,
                 &format!(
@@ -288,7 +292,11 @@ impl Walk<'_> {
                     beside.named.display()
                 ),
             )),
-            Ok(_) | Err(_) => Ok(here),
+            (Ok(here), Ok(_) | Err(_)) => Ok(here),
+            (Err(_), Ok(beside)) => Ok(beside),
+            (Err(refusal @ Refusal::Forbidden(_)), Err(_)) | (Err(_), Err(refusal)) => {
+                Err(self.explain(name, Role::Data, refusal))
+            }
         }
     }
 

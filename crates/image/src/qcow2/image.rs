@@ -15,7 +15,7 @@ use super::refcount::{Allocator, span};
 use super::table::Tables;
 use super::{Compression, Header, prepare};
 use crate::metadata::{Metadata, Reclaim, Settings, Units};
-use crate::{Extent, Image, ImageError, Placement, Zeroed};
+use crate::{Extent, Image, ImageError, Placement, Repair, Zeroed};
 
 /// Blocks of metadata have so many bytes, unless clusters have fewer.
 const BLOCK: u64 = 4096;
@@ -88,7 +88,7 @@ impl Qcow2 {
             },
             settings.ledger,
         );
-        metadata.take_over().await?;
+        metadata.take_over(async |file| super::check(&file, Repair::No).await).await?;
         let health = Rc::new(Health::new(&metadata, &header, settings.writable));
         let unpacked = Rc::new(Unpacked::default());
         let tables = Tables::open(&metadata, &header, &health, shape).await?;
@@ -283,6 +283,15 @@ impl Image for Qcow2 {
 
     fn commit(&self, placement: Placement) -> Io<'_> {
         Box::pin(self.publish(placement))
+    }
+
+    fn committed(&self, placement: &Placement) -> bool {
+        // Another request may have published it, whose answer still waits.
+        placement.keep.is_none() && self.metadata.is_saved()
+    }
+
+    fn memory(&self) -> usize {
+        self.metadata.memory()
     }
 
     fn give_up(&self, placement: Placement) {

@@ -10,7 +10,7 @@ use super::blocks::Blocks;
 use super::header::Header;
 use super::{SECTOR, resize};
 use crate::metadata::{self, Metadata};
-use crate::{Extent, Image, ImageError, Placement, Settings, Zeroed};
+use crate::{Extent, Image, ImageError, Placement, Repair, Settings, Zeroed};
 
 /// An image of any kind.
 pub struct Vhd {
@@ -52,7 +52,7 @@ impl Vhd {
                     lasting,
                 };
                 let metadata = Metadata::new(handle, file.clone(), Vec::new(), settings, ledger);
-                metadata.take_over().await?;
+                metadata.take_over(async |file| super::check(&file, Repair::No).await).await?;
                 Some(Blocks::open(metadata, &header, sparse, writable).await?)
             }
         };
@@ -179,6 +179,16 @@ impl Image for Vhd {
                 None => Ok(()),
             }
         })
+    }
+
+    fn committed(&self, placement: &Placement) -> bool {
+        // Another request may have published it, whose answer still waits.
+        let is_saved = |blocks: &Blocks| placement.keep.is_none() && blocks.metadata.is_saved();
+        self.blocks.as_ref().is_none_or(is_saved)
+    }
+
+    fn memory(&self) -> usize {
+        self.blocks.as_ref().map_or(0, |blocks| blocks.metadata.memory())
     }
 
     fn give_up(&self, placement: Placement) {

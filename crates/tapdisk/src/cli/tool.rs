@@ -128,7 +128,7 @@ pub(crate) struct Convert {
     pub(crate) source_cache: Cache,
 
     /// How the host's page cache is used for DST, which is durable at the end in any case
-    #[arg(short = 't', long, value_enum, value_name = "CACHE", default_value_t = Cache::Buffered)]
+    #[arg(short = 't', long, value_enum, value_name = "CACHE", default_value_t = Cache::Direct)]
     pub(crate) target_cache: Cache,
 
     #[command(flatten)]

@@ -1,6 +1,6 @@
 //! `tapdisk create`: makes an image.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, bail};
@@ -8,13 +8,13 @@ use image::probe::{self, Look};
 use image::{Format, Header, Layer};
 use runtime::Handle;
 use storage::Storage;
-use storage::file::{self, File};
+use storage::file::{self, File, Records};
 
 use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
 use super::plan::{Apart, Below, Plan};
 use super::target;
 use crate::cli::tool::Create;
-use crate::size;
+use crate::{size, state};
 
 pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<()> {
     let Some(mut plan) = Plan::new(arguments.format, &arguments.options)? else { return Ok(()) };
@@ -26,7 +26,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
         Some(name) => Some(look_below(handle, arguments, path, name, format).await?),
         None => None,
     };
-    let below_name = below.as_ref().map(|below| below.name.clone());
+    let mut named: Vec<PathBuf> = below.iter().map(|below| from_image(path, &below.name)).collect();
     let bytes = match (arguments.size, plan.size()?, &below) {
         (Some(_), Some(_), _) => bail!("the size is given twice: as SIZE and by -o size"),
         (Some(bytes), None, _) | (None, Some(bytes), _) => bytes,
@@ -35,18 +35,20 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
             bail!("how large is the disk to be? Give SIZE, as in `tapdisk create {} 10G`", path.display())
         }
     };
-    let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered)?;
+    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let failed = || format!("cannot make {}", path.display());
-    let (data, apart) = data_file(handle, arguments, &mut plan, path).await?;
+    let (data, apart) = data_file(handle, arguments, &mut plan, path, records.as_ref()).await?;
+    named.extend(apart.as_ref().and_then(|apart| image::named(Path::new(""), &apart.name)));
     plan.make(&file, bytes, below, apart).await.with_context(failed)?;
     file.flush().await.with_context(failed)?;
     // An image is whole when its data file is there.
     data.map_or(Ok(()), target::Target::finish)?;
     target.finish()?;
-    if let Some(name) = below_name {
-        say_if_forbidden(path, &name, &arguments.places);
+    for named in named {
+        say_if_forbidden(path, &named, &arguments.places);
     }
     let (format, shown) = (arguments.format, size::show(bytes));
     crate::print(format!("Made {}: {format}, {shown}\n", path.display()).as_bytes())
@@ -58,12 +60,13 @@ async fn data_file(
     arguments: &Create,
     plan: &mut Plan,
     image: &Path,
+    records: Option<&Records>,
 ) -> anyhow::Result<(Option<target::Target>, Option<Apart>)> {
     let Some(name) = plan.data_file() else { return Ok((None, None)) };
     refuse_no_path(image, &name)?;
     // As QEMU has it, a relative name counts from where the process is.
     let path = image::named(Path::new(""), &name).context("it is a path")?;
-    let (target, opened) = target::make(&path, arguments.force, file::Cache::Buffered)?;
+    let (target, opened) = target::make(&path, arguments.force, file::Cache::Buffered, records)?;
     file::check_short_transfers(handle, &opened).await?;
     let storage: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     Ok((Some(target), Some(Apart { name, storage })))

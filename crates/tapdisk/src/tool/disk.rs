@@ -214,18 +214,18 @@ pub(super) fn refuse_loop(image: &Path, below: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says so where an image names one below it that is opened only if that is allowed.
-pub(super) fn say_if_forbidden(image: &Path, name: &str, places: &Places) {
+/// Says so where an image names a file that is opened only if that is allowed.
+pub(super) fn say_if_forbidden(image: &Path, named: &Path, places: &Places) {
     let is_block_device = std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());
     // Whether it can be opened was found out already.
     let allowed = image::Allowed::new(image, is_block_device, &places.allow_folder);
-    if allowed.is_ok_and(|allowed| allowed.forbids(image, name)) {
-        let folder = from_image(image, name);
+    if allowed.is_ok_and(|allowed| allowed.forbids(named)) {
+        let folder = named.parent().filter(|folder| !folder.as_os_str().is_empty());
         eprintln!(
             "tapdisk: {} is not in the folder of {}: whoever opens it has to allow that with --allow-folder {}",
-            folder.display(),
+            named.display(),
             image.display(),
-            folder.parent().unwrap_or(&folder).display()
+            folder.unwrap_or(Path::new(".")).display()
         );
     }
 }

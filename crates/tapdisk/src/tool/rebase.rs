@@ -76,7 +76,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
     };
     drop(file);
     if let Some(name) = name {
-        say_if_forbidden(path, name, places);
+        say_if_forbidden(path, &from_image(path, name), places);
     }
     let text = match name {
         Some(name) => format!("{} is over {name} now\n", path.display()),

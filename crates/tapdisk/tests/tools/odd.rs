@@ -112,6 +112,11 @@ fn what_has_to_be_allowed_is_told_when_it_is_made() {
     folder.tapdisk(&["map", "--allow-folder", ".", "vm/top.qcow2"]);
     let ended = folder.tapdisk(&[&words[..], &["--force", "--allow-folder", "."]].concat());
     assert!(ended.stderr.is_empty(), "{ended:?}");
+    let ended =
+        folder.tapdisk(&["create", "-f", "qcow2", "-o", "data_file=data.raw", "vm/apart.qcow2", "1M"]);
+    assert!(ended.stderr.contains("data.raw is not in the folder"), "{ended:?}");
+    folder.refuses(&["map", "vm/apart.qcow2"], 1, &["\"data.raw\"", "--allow-folder"]);
+    folder.tapdisk(&["map", "--allow-folder", ".", "vm/apart.qcow2"]);
 }
 
 #[test]
@@ -224,4 +229,47 @@ fn a_raw_data_file_has_nothing_below_it() {
         &["data.raw exists"],
     );
     assert_eq!(folder.names(), ["base.raw", "data.raw", "disk.qcow2"]);
+}
+
+#[test]
+fn bytes_that_were_cut_off_an_image_are_an_error_and_never_zeroes() {
+    let folder = Folder::new();
+    for (format, qemu) in [("qcow2", "qcow2"), ("qcow", "qcow")] {
+        folder.qemu_img(&["create", "-q", "-f", qemu, "disk", "4M"]);
+        folder.qemu_io(qemu, "disk", &["write -P 5 0 4M"]);
+        let disk = std::fs::File::options().write(true).open(folder.path("disk")).unwrap();
+        disk.set_len(2 * MIB).unwrap();
+        folder.refuses(
+            &["convert", "-f", format, "disk", "copy"],
+            1,
+            &["copy was not made", "the file", "EIO"],
+        );
+        folder.refuses(&["map", "-f", format, "disk"], 1, &["cannot read the map of disk", "EIO"]);
+        assert_eq!(folder.run(&["check", "-f", format, "disk"]).code, Some(2), "{format}");
+        assert_eq!(folder.names(), ["disk"]);
+    }
+}
+
+#[test]
+fn options_that_a_copy_cannot_have_are_refused() {
+    let folder = Folder::new();
+    folder.tapdisk(&["create", "disk.raw", "1M"]);
+    for (option, said) in [
+        ("backing_file=disk.raw", "tapdisk create -b disk.raw"),
+        ("size=2M", "as large as the disk"),
+        ("data_file=data.raw", "tapdisk create"),
+    ] {
+        folder.refuses(&["convert", "-O", "qcow2", "-o", option, "disk.raw", "copy"], 1, &[said]);
+    }
+    assert_eq!(folder.names(), ["disk.raw"]);
+}
+
+#[test]
+fn a_raw_disk_that_begins_like_another_format_is_said_to() {
+    let folder = Folder::new();
+    folder.tapdisk(&["create", "-f", "qcow2", "guest.raw", "1M"]);
+    let ended = folder.tapdisk(&["info", "--json", "guest.raw"]);
+    assert_eq!(ended.json()["format"], "raw");
+    assert!(ended.stderr.contains("begins like qcow2: `-f qcow2`"), "{ended:?}");
+    assert!(folder.tapdisk(&["info", "-f", "qcow2", "guest.raw"]).stderr.is_empty());
 }
