@@ -455,8 +455,13 @@ async fn hold(handle: &Handle, path: &Path, options: &file::Options) -> Result<H
     file::check_short_transfers(handle, &opened).await?;
     let system = |doing| move |source| OpenError::System { path: path.to_owned(), doing, source };
     let found = rustix::fs::fstat(&opened.file).map_err(|errno| system("look at it")(errno.into()))?;
-    // Not so where there is no /proc.
-    let really = std::fs::read_link(format!("/proc/self/fd/{}", opened.file.as_raw_fd())).ok();
+    let really = match std::fs::read_link(format!("/proc/self/fd/{}", opened.file.as_raw_fd())) {
+        Ok(really) => Some(really),
+        Err(error) => {
+            tracing::debug!(path = %path.display(), %error, "where it really is cannot be found out: is there no /proc?");
+            None
+        }
+    };
     let records = options.records.as_ref();
     let record = records.map(|records| records.of(&opened.file, path)).transpose();
     Ok(Held {

@@ -81,10 +81,13 @@ fn what_cannot_be_is_refused_in_words() {
         assert_eq!(alone.size(), 1 << 20);
         let backing = Some("base".to_owned());
         let file = made(Create { size: 1 << 20, backing, cluster_size: None }).await;
-        let over = disk_over(&handle, &file, Some(&[7; 2 << 20])).await;
-        let larger = over.resize(2 << 20).await.unwrap_err();
-        assert_eq!(larger.errno(), Errno::EOPNOTSUPP);
-        assert!(larger.to_string().contains("backing file"), "{larger}");
+        // Whether it is longer or not.
+        for (below, words) in [(1 << 20, "backing file"), (2 << 20, "over an image of 2097152")] {
+            let over = disk_over(&handle, &file, Some(&vec![7; below])).await;
+            let larger = over.resize(2 << 20).await.unwrap_err();
+            assert_eq!(larger.errno(), Errno::EOPNOTSUPP);
+            assert!(larger.to_string().contains(words), "{larger}");
+        }
     });
 }
 
