@@ -33,7 +33,8 @@ pub(crate) fn seeds(seed: u64, runs: u64) -> Result<()> {
 }
 
 pub(crate) fn images(seed: u64, runs: u64) -> Result<()> {
-    run_command(&mut sim(["--images", "--seed", &seed.to_string(), "--runs", &runs.to_string()]))
+    let (seed, runs) = (seed.to_string(), runs.to_string());
+    run_command(&mut sim(["--images", "--matrix", "--qemu", "--seed", &seed, "--runs", &runs]))
 }
 
 pub(crate) fn mutants() -> Result<()> {

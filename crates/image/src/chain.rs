@@ -410,6 +410,15 @@ impl Storage for Chain {
     }
 
     fn resize(&self, bytes: u64) -> Io<'_> {
+        let (old, below) = (self.top.size(), self.below.first().map_or(0, |image| image.size()));
+        // What was added would be what that one has, until zeroes were written over it one by one.
+        if bytes > old && below > old {
+            let doing = format!(
+                "make a disk of {old} bytes larger over an image of {below}, which would show there: convert it to an image of \
+                 its own, and resize that"
+            );
+            return Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, doing))));
+        }
         self.top.resize(bytes)
     }
 

@@ -147,6 +147,10 @@ impl<L: Ledger> Ledger for FrozenLedger<L> {
         self.0.changes()
     }
 
+    fn is_whole(&self) -> io::Result<bool> {
+        self.0.is_whole()
+    }
+
     fn note(&self, _group: &[Change]) -> io::Result<()> {
         Err(io::Error::other("a sync of the image has failed: nothing is changed any more"))
     }

@@ -31,7 +31,7 @@ pub use error::ImageError;
 pub use format::{Backing, Format, UnknownFormat};
 pub use header::Header;
 pub use open::{Disk, open};
-pub use places::Allowed;
+pub use places::{Allowed, named};
 pub use raw::Raw;
 pub use report::{Repair, Report};
 pub use walk::{Filter, Held, Layer, Options, walk};

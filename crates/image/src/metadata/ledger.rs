@@ -30,10 +30,17 @@ pub trait Ledger {
     /// The ledger cannot be read; it may hold changes all the same.
     fn changes(&self) -> io::Result<Vec<Change>>;
 
+    /// Whether `changes` is all that was changed since the first of them: no note has failed that is not in the image yet.
+    ///
+    /// # Errors
+    /// As `changes`.
+    fn is_whole(&self) -> io::Result<bool>;
+
     /// Notes a group of changes, which count together or not at all. Once it has returned, a successor finds them.
     ///
     /// # Errors
-    /// They are not noted; the image has to be written instead.
+    /// They are not noted; the image has to be written instead. A successor that finds what was noted before finds, too, that
+    /// it is not all.
     fn note(&self, group: &[Change]) -> io::Result<()>;
 
     /// A round begins: it writes all that was noted so far. One that fails has no end, and the next one begins.

@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! file    magic (16) | generation (8) | boot, padded (40) | zero (4) | CRC-32 of these (4) | group ...
+//!         the last byte of the zero is 1 once a note has failed that belongs behind this file's last group
 //! group   sequence (8) | changes (4) | CRC-32 of them (4) | zero (4) | CRC-32 of these and the generation (4) | change ...
 //! change  at (8) | old (8) | new (8) | stage (1)
 //! ```
@@ -31,6 +32,8 @@ const FILE_MAX: u64 = 16 << 20;
 const MAGIC: &[u8; 16] = b"tapdisk ledger 1";
 /// Bytes before the first group.
 const HEADER: usize = 72;
+/// The byte of the header that says that something is missing; it needs no room, and the checksum is without it.
+const GAP: usize = 67;
 /// Bytes of a group before its changes.
 const HEAD: usize = 24;
 /// Bytes of a change.
@@ -73,6 +76,7 @@ struct Found {
     end: u64,
     groups: u64,
     is_torn: bool,
+    has_gap: bool,
     changes: Vec<Change>,
 }
 
@@ -95,7 +99,7 @@ impl LedgerFile {
             let found =
                 load(&file, record.boot()).map_err(|error| explained(&path, record.image(), &error))?;
             match found {
-                Some(Found { number, end, groups, is_torn, changes: _ }) => {
+                Some(Found { number, end, groups, is_torn, has_gap: _, changes: _ }) => {
                     files.push(Generation { path, file: Some(file), number, end, groups, is_torn });
                 }
                 None => {
@@ -132,22 +136,30 @@ impl LedgerFile {
 
 impl Ledger for LedgerFile {
     fn changes(&self) -> io::Result<Vec<Change>> {
-        let state = self.state.borrow();
-        let mut generations = Vec::new();
-        for generation in state.files.iter().filter(|generation| generation.end > 0) {
-            let Some(file) = &generation.file else { continue };
-            let found =
-                load(file, &self.boot).map_err(|error| explained(&generation.path, &self.image, &error))?;
-            generations.extend(found.map(|found| (found.number, found.changes)));
-        }
-        generations.sort_unstable_by_key(|(number, _)| *number);
-        Ok(generations.into_iter().flat_map(|(_, changes)| changes).collect())
+        Ok(self.found()?.into_iter().flat_map(|found| found.changes).collect())
+    }
+
+    fn is_whole(&self) -> io::Result<bool> {
+        Ok(self.found()?.iter().all(|found| !found.has_gap))
     }
 
     fn note(&self, group: &[Change]) -> io::Result<()> {
         let State { files, current, bytes, .. } = &mut *self.state.borrow_mut();
         bytes.clear();
-        files[*current].append(group, &self.boot, bytes)
+        let result = files[*current].append(group, &self.boot, bytes);
+        if result.is_err() {
+            for generation in files.iter().filter(|generation| generation.end > 0) {
+                if let Err(error) = generation.tell_gap() {
+                    let path = generation.path.display();
+                    tracing::error!(
+                        %path, %error,
+                        "the ledger cannot be told either that it is not complete: a successor of this process may refuse the \
+                         image, and take it for changed by another program"
+                    );
+                }
+            }
+        }
+        result
     }
 
     fn begin(&self) {
@@ -179,6 +191,22 @@ impl Ledger for LedgerFile {
                 return;
             }
         }
+    }
+}
+
+impl LedgerFile {
+    /// What is in its files, from the oldest on.
+    fn found(&self) -> io::Result<Vec<Found>> {
+        let state = self.state.borrow();
+        let mut all = Vec::new();
+        for generation in state.files.iter().filter(|generation| generation.end > 0) {
+            let Some(file) = &generation.file else { continue };
+            let found =
+                load(file, &self.boot).map_err(|error| explained(&generation.path, &self.image, &error))?;
+            all.extend(found);
+        }
+        all.sort_unstable_by_key(|found| found.number);
+        Ok(all)
     }
 }
 
@@ -229,6 +257,14 @@ impl Generation {
         self.end = end;
         self.groups += 1;
         Ok(())
+    }
+
+    /// Says that what was changed next is not noted. There is room for this where there is none for anything else.
+    fn tell_gap(&self) -> io::Result<()> {
+        match &self.file {
+            Some(file) => file.write_all_at(&[1], GAP as u64),
+            None => Ok(()),
+        }
     }
 
     /// Forgets all of it.
@@ -301,18 +337,37 @@ fn parse(bytes: &[u8], boot: &str) -> io::Result<Option<Found>> {
     // Whoever wrote less has noted nothing.
     let Some((header, groups)) = bytes.split_at_checked(HEADER) else {
         let is_torn = !bytes.is_empty();
-        return Ok(Some(Found { number: 0, end: 0, groups: 0, is_torn, changes: Vec::new() }));
+        return Ok(Some(Found {
+            number: 0,
+            end: 0,
+            groups: 0,
+            is_torn,
+            has_gap: false,
+            changes: Vec::new(),
+        }));
     };
     let number = long(header, 16);
+    let mut header = header.to_vec();
+    let has_gap = std::mem::take(&mut header[GAP]);
+    if has_gap > 1 {
+        return Err(garbage(GAP, "neither of what may be there"));
+    }
     let mut expected = Vec::with_capacity(HEADER);
-    if !header.starts_with(MAGIC) || short(header, HEADER - 4) != crc(&[&header[..HEADER - 4]]) {
+    if !header.starts_with(MAGIC) || short(&header, HEADER - 4) != crc(&[&header[..HEADER - 4]]) {
         return Err(garbage(0, "no header of a ledger"));
     }
     push_header(&mut expected, number, boot);
     if header != expected {
         return Ok(None);
     }
-    let mut found = Found { number, end: HEADER as u64, groups: 0, is_torn: false, changes: Vec::new() };
+    let mut found = Found {
+        number,
+        end: HEADER as u64,
+        groups: 0,
+        is_torn: false,
+        has_gap: has_gap == 1,
+        changes: Vec::new(),
+    };
     let mut rest = groups;
     while !rest.is_empty() {
         let at = found.end as usize;

@@ -17,13 +17,15 @@
 mod blocks;
 mod ledger;
 mod ledger_file;
+mod patched;
 mod pins;
 mod round;
+mod takeover;
 mod units;
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::rc::{Rc, Weak};
@@ -33,7 +35,6 @@ use block::{Buf, Error, Result, Span};
 use runtime::{Handle, join_all};
 use storage::{Io, Storage};
 
-use crate::ImageError;
 use blocks::Blocks;
 pub use ledger::{Change, Ledger};
 pub use ledger_file::LedgerFile;
@@ -168,54 +169,6 @@ impl Metadata {
     /// The file that it is in.
     pub fn file(&self) -> &Rc<dyn Storage> {
         &self.0.file
-    }
-
-    /// Takes over what a process before this one changed, answered for and did not write. `stage_of` is asked for each word
-    /// whether it can be metadata, before anything is changed. Gives how many changes there were.
-    ///
-    /// # Errors
-    /// The ledger cannot be read, or somebody else has changed the image since: then what was answered is not to be had.
-    pub async fn take_over(&self) -> std::result::Result<usize, ImageError> {
-        let Some(ledger) = &self.0.ledger else { return Ok(0) };
-        let changes = ledger.changes().map_err(|error| {
-            ImageError::Refused(format!(
-                "what a process before this one left unwritten cannot be read: {error}"
-            ))
-        })?;
-        // By word: what the file may have, which is its first value or any later one.
-        let mut words: BTreeMap<u64, (BTreeSet<u64>, u64, Stage)> = BTreeMap::new();
-        for change in &changes {
-            let Change { at, old, new, stage } = *change;
-            let end = at.checked_add(8).filter(|_| at % 8 == 0 && stage < self.0.settings.stages);
-            if end.is_none_or(|end| end > i64::MAX as u64) {
-                return Err(ImageError::Refused(format!(
-                    "the record of what a process before this one left unwritten makes no sense: a word at {at}, stage {stage}"
-                )));
-            }
-            let word = words.entry(at).or_insert_with(|| (BTreeSet::from([old]), new, stage));
-            word.0.insert(new);
-            word.1 = new;
-        }
-        let mut held = Vec::new();
-        for (at, (possible, _, stage)) in &words {
-            let span = Span::new(*at, 8).expect("checked above");
-            held.push(self.load(span, *stage).await?);
-            let found = self.word(*at).expect("just loaded");
-            if !possible.contains(&found) {
-                return Err(ImageError::Refused(format!(
-                    "another program has changed this image since tapdisk died while serving it: the word at {at} is \
-                     {found:#x}, which tapdisk has not written. Of {} changes of its map that guests were answered for, \
-                     some are lost",
-                    changes.len()
-                )));
-            }
-        }
-        for (at, (_, new, _)) in &words {
-            self.0.blocks.borrow_mut().set(*at, *new);
-        }
-        self.0.notes.set(changes.len());
-        round::soon(&self.0);
-        Ok(changes.len())
     }
 
     /// The word at this byte of the file, a multiple of 8, if it is in memory.

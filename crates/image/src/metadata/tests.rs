@@ -7,6 +7,7 @@ use runtime::{RingFlags, Runtime, Uring};
 use storage::{Ram, Zeroing};
 
 use super::*;
+use crate::{ImageError, Report};
 
 /// What reached the file, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,15 +82,20 @@ impl Storage for Spy {
 
 /// A ledger in memory, which outlives the metadata that notes there.
 #[derive(Clone, Default)]
-struct Notes(Rc<RefCell<(Vec<Change>, usize)>>, Rc<Cell<bool>>);
+struct Notes(Rc<RefCell<(Vec<Change>, usize)>>, Rc<Cell<bool>>, Rc<Cell<bool>>);
 
 impl Ledger for Notes {
     fn changes(&self) -> io::Result<Vec<Change>> {
         Ok(self.0.borrow().0.clone())
     }
 
+    fn is_whole(&self) -> io::Result<bool> {
+        Ok(!self.2.get())
+    }
+
     fn note(&self, group: &[Change]) -> io::Result<()> {
         if self.1.get() {
+            self.2.set(true);
             return Err(io::Error::other("full"));
         }
         self.0.borrow_mut().0.extend(group);
@@ -130,6 +136,27 @@ impl Subject {
     fn steps(&self) -> Vec<Step> {
         self.spy.steps.take()
     }
+}
+
+/// A check that finds nothing.
+async fn sound(_file: Rc<dyn Storage>) -> std::result::Result<Report, ImageError> {
+    Ok(Report::default())
+}
+
+/// The first words of two blocks are places, and lead to different ones.
+async fn distinct(file: Rc<dyn Storage>) -> std::result::Result<Report, ImageError> {
+    let mut words = Vec::new();
+    for at in [0, 512] {
+        let buf = Buf::zeroed(8);
+        file.read(at, buf.clone()).await?;
+        words.push(u64::from_be_bytes(buf.to_vec().try_into().unwrap()));
+    }
+    let mut report = Report::default();
+    if words[0] == words[1] && words[0] != 0 {
+        report.corruptions = 1;
+        report.note(|| format!("two lead to {}", words[0]));
+    }
+    Ok(report)
 }
 
 fn span(at: u64, len: u64) -> Span {
@@ -186,7 +213,7 @@ fn a_successor_finds_what_was_saved_and_only_that() {
         first.set(&[(0, 1), (512, 2)]);
         first.saved().await.unwrap();
         first.set(&[(0, 3)]);
-        assert_eq!(second.take_over().await.unwrap(), 2);
+        assert_eq!(second.take_over(sound).await.unwrap(), 2);
         assert_eq!((second.word(0), second.word(512)), (Some(1), Some(2)));
         second.flush().await.unwrap();
         assert_eq!(notes.0.borrow().0, [], "what a round has written need not be noted");
@@ -194,8 +221,55 @@ fn a_successor_finds_what_was_saved_and_only_that() {
         // Somebody else has changed a word since it was noted.
         first.saved().await.unwrap();
         spy.ram.write(0, Buf::from_bytes(&99_u64.to_be_bytes())).await.unwrap();
-        let error = third.take_over().await.unwrap_err().to_string();
+        let error = third.take_over(sound).await.unwrap_err().to_string();
         assert!(error.contains("another program") && error.contains("0x63"), "{error}");
+    });
+}
+
+#[test]
+fn what_another_program_has_made_of_the_space_that_was_noted_is_not_written_over() {
+    let subject = Subject::new();
+    let (first, second, third) = (subject.open(), subject.open(), subject.open());
+    let spy = subject.spy.clone();
+    subject.runtime.block_on(async move {
+        let _held = first.load(span(0, 1024), 2).await.unwrap();
+        first.set(&[(0, 7)]);
+        first.saved().await.unwrap();
+        // A word that the ledger does not name leads to the same place.
+        let put =
+            async |at: u64, word: u64| spy.ram.write(at, Buf::from_bytes(&word.to_be_bytes())).await.unwrap();
+        put(512, 7).await;
+        let error = second.take_over(distinct).await.unwrap_err().to_string();
+        assert!(error.contains("another program") && error.contains("two lead to 7"), "{error}");
+        assert_eq!(second.word(0), Some(0), "and nothing is changed");
+        // What made no sense before makes no less with what was noted.
+        put(0, 7).await;
+        assert_eq!(third.take_over(distinct).await.unwrap(), 1);
+    });
+}
+
+#[test]
+fn where_notes_have_failed_a_successor_goes_on_with_the_newer_of_ledger_and_file() {
+    let subject = Subject::new();
+    let (first, second, third) = (subject.open(), subject.open(), subject.open());
+    let (notes, spy) = (subject.notes.clone(), subject.spy.clone());
+    subject.runtime.block_on(async move {
+        let _held = first.load(span(0, 1024), 2).await.unwrap();
+        first.set(&[(0, 1), (512, 2)]);
+        first.saved().await.unwrap();
+        // What comes now is noted by nobody, and the process dies in the middle of the round that writes it.
+        notes.1.set(true);
+        first.set(&[(0, 3), (512, 4)]);
+        let before = notes.0.borrow().clone();
+        first.saved().await.unwrap();
+        *notes.0.borrow_mut() = before;
+        spy.ram.write(512, Buf::from_bytes(&0_u64.to_be_bytes())).await.unwrap();
+        notes.1.set(false);
+        assert_eq!(second.take_over(sound).await.unwrap(), 2);
+        assert_eq!((second.word(0), second.word(512)), (Some(3), Some(2)));
+        // Without such a mark somebody else must have written it.
+        notes.2.set(false);
+        assert!(third.take_over(sound).await.is_err());
     });
 }
 

@@ -10,7 +10,7 @@ use super::blocks::Blocks;
 use super::header::Header;
 use super::{SECTOR, resize};
 use crate::metadata::{self, Metadata};
-use crate::{Extent, Image, ImageError, Placement, Settings, Zeroed};
+use crate::{Extent, Image, ImageError, Placement, Repair, Settings, Zeroed};
 
 /// An image of any kind.
 pub struct Vhd {
@@ -52,7 +52,7 @@ impl Vhd {
                     lasting,
                 };
                 let metadata = Metadata::new(handle, file.clone(), Vec::new(), settings, ledger);
-                metadata.take_over().await?;
+                metadata.take_over(async |file| super::check(&file, Repair::No).await).await?;
                 Some(Blocks::open(metadata, &header, sparse, writable).await?)
             }
         };

@@ -179,6 +179,35 @@ fn a_hostile_image_opens_nothing_but_its_neighbours() {
 }
 
 #[test]
+fn a_folder_that_becomes_a_link_before_the_file_is_opened_leads_nowhere_else() {
+    let folder = Folder::new();
+    std::fs::create_dir_all(folder.path("vm/old")).unwrap();
+    std::fs::create_dir(folder.path("secrets")).unwrap();
+    for name in ["vm/top.raw", "vm/old/base.raw", "secrets/base.raw"] {
+        folder.raw(name);
+    }
+    let pool = block::Pool::new(4096);
+    let uring = runtime::Uring::open(runtime::RingFlags::Auto, &pool).unwrap();
+    let runtime = runtime::Runtime::new(Box::new(uring), pool);
+    let handle = runtime.handle().clone();
+    let file = file::Options { read_only: true, ..file::Options::default() };
+    let options = Options { file, format: Some(Format::Raw), ..Options::default() };
+    let result = runtime.block_on(async move {
+        let top = hold(&handle, &folder.path("vm/top.raw"), &options.file).await.unwrap();
+        let allowed = Allowed::new(&top.path, false, &[]).unwrap();
+        let mut walk = Walk { handle: &handle, options: &options, allowed, layers: Vec::new() };
+        walk.take(top, Format::Raw).await.unwrap();
+        let place = walk.follow("old/base.raw", Role::Backing).unwrap();
+        walk.hold(&place, "old/base.raw", Role::Backing, true).await.unwrap();
+        std::fs::rename(folder.path("vm/old"), folder.path("vm/older")).unwrap();
+        std::os::unix::fs::symlink(folder.path("secrets"), folder.path("vm/old")).unwrap();
+        let held = walk.hold(&place, "old/base.raw", Role::Backing, true).await;
+        held.map(|held| held.path).map_err(|error| error.to_string())
+    });
+    assert!(result.as_ref().is_err_and(|error| error.contains("exchanged meanwhile")), "{result:?}");
+}
+
+#[test]
 fn data_files_are_held_to_the_same_as_backing_files() {
     let folder = Folder::new();
     let make = |data: &str| {

@@ -1,5 +1,6 @@
 //! VHD images against QEMU's programs, against the specification, and against a model.
 
+mod blktap;
 mod damage;
 mod model;
 mod power;

@@ -333,6 +333,10 @@ impl Ledger for Notes {
         Ok(self.0.borrow().clone())
     }
 
+    fn is_whole(&self) -> std::io::Result<bool> {
+        Ok(true)
+    }
+
     fn note(&self, group: &[Change]) -> std::io::Result<()> {
         self.0.borrow_mut().extend(group);
         Ok(())

@@ -96,7 +96,6 @@ impl Bytes {
     }
 
     /// All of them; for small files.
-    #[cfg(test)]
     pub(crate) fn to_vec(&self) -> Vec<u8> {
         let mut all = vec![0; self.size as usize];
         self.read(0, &mut all);

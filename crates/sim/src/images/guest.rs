@@ -34,6 +34,8 @@ pub(crate) struct Habits {
     pub(crate) zeroes: u64,
     pub(crate) discards: u64,
     pub(crate) flushes: u64,
+    /// Asked one after the other, instead of what is drawn.
+    pub(crate) script: Option<Rc<[Request]>>,
 }
 
 impl Habits {
@@ -48,6 +50,7 @@ impl Habits {
             zeroes: dice.pick(&[0, 5, 10]),
             discards: dice.pick(&[0, 5, 10]),
             flushes: dice.pick(&[0, 5, 10]),
+            script: None,
         }
     }
 }
@@ -68,7 +71,7 @@ pub(crate) struct Guests {
 
 /// One request.
 #[derive(Clone, Debug)]
-enum Request {
+pub(crate) enum Request {
     Read(Range<u64>),
     Write(Range<u64>),
     Zero(Range<u64>, bool),
@@ -92,8 +95,12 @@ impl Guests {
         let guest = || -> BoxFuture<'_, Result<(), String>> {
             Box::pin(async {
                 while steps.get() > 0 {
+                    let step = self.habits.steps - steps.get();
                     steps.set(steps.get() - 1);
-                    let request = self.draw();
+                    let request = match &self.habits.script {
+                        Some(script) => script[step as usize].clone(),
+                        None => self.draw(),
+                    };
                     self.ask(request).await?;
                 }
                 Ok(())
@@ -112,7 +119,7 @@ impl Guests {
 
     fn draw(&self) -> Request {
         let dice = &mut *self.dice.borrow_mut();
-        let Habits { longest, unit, crowded, writes, zeroes, discards, flushes, .. } = self.habits;
+        let Habits { longest, unit, crowded, writes, zeroes, discards, flushes, .. } = self.habits.clone();
         let size = self.model.borrow().size();
         let within = if dice.percent(crowded) { size.min(3 * unit) } else { size };
         let grain = dice.pick(&[GRAIN, 512, 512, 4096, unit, unit]);

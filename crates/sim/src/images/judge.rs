@@ -3,11 +3,12 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use image::{ImageError, Repair, Report};
+use image::{Repair, Report};
 
 use super::bytes::Bytes;
 use super::guest::{Guests, Habits};
 use super::model::{Model, View};
+use super::qemu;
 use super::recorder::runtime;
 use super::states::{Choice, Replay};
 use super::subject::{Subject, read_all};
@@ -22,8 +23,6 @@ pub(crate) struct Remains<'a> {
     pub(crate) files: Vec<Bytes>,
     /// What the ledger has; nothing, after a power cut.
     pub(crate) notes: Notes,
-    /// The ledger has failed at some time.
-    pub(crate) notes_were_refused: bool,
 }
 
 impl Remains<'_> {
@@ -32,12 +31,47 @@ impl Remains<'_> {
         self.check(&self.files)?;
         if closely && self.notes.is_empty() {
             self.repair(dice)?;
+            self.go_back()?;
         }
         self.go_on(&self.files, &self.notes, dice, closely)
     }
 
     fn world(&self, files: &[Bytes], notes: &Notes) -> Rc<World> {
         World::new(files.to_vec(), notes.clone(), Pace::Instant, Dice::new(0))
+    }
+
+    /// A snapshot has what the disk had when it was taken, whatever was written since.
+    fn go_back(&self) -> Result<(), String> {
+        let world = self.world(&self.files, &Notes::default());
+        let (subject, of) = (self.subject.clone(), world.clone());
+        let told = |error| format!("go back to the snapshot: {error}");
+        if !runtime(&world).block_on(async move { subject.go_back(&of).await }).map_err(told)? {
+            return Ok(());
+        }
+        let files = world.files();
+        self.check(&files).map_err(|what| format!("after going back to the snapshot: {what}"))?;
+        let model = Model::new(self.subject.size, self.subject.below);
+        let view = View { from: u64::MAX, until: u64::MAX };
+        let before = Remains { model: &model, view, files, notes: Notes::default(), subject: self.subject };
+        before
+            .go_on(&before.files, &before.notes, &mut Dice::new(0), false)
+            .map_err(|what| format!("the snapshot: {what}"))
+    }
+
+    /// QEMU's check finds no more than wasted space, and QEMU reads what may be there.
+    pub(crate) fn ask_qemu(&self) -> Result<(), String> {
+        let converted = qemu::ask(self.subject, &self.files)?;
+        match converted {
+            // What only the ledger has QEMU cannot know.
+            Some(bytes) if self.notes.is_empty() => {
+                let len = bytes.len().min(self.subject.size as usize) / super::model::GRAIN as usize;
+                let grains = len * super::model::GRAIN as usize;
+                self.model
+                    .judge(0, &bytes[..grains], self.view)
+                    .map_err(|what| format!("as QEMU reads it: {what}"))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// It is whole, or wastes space at most: what there is to be said of that.
@@ -98,12 +132,7 @@ impl Remains<'_> {
             let (subject, world, handle) = (self.subject.clone(), world.clone(), runtime.handle().clone());
             runtime.block_on(async move { subject.open(&handle, &world).await })
         };
-        let chain = match opened {
-            Ok(chain) => chain,
-            // With a ledger that fails the map gets ahead of it: then a successor may refuse, but serves nothing wrong.
-            Err(ImageError::Refused(_)) if self.notes_were_refused && !notes.is_empty() => return Ok(()),
-            Err(error) => return Err(format!("open: {error}")),
-        };
+        let chain = opened.map_err(|error| format!("open: {error}"))?;
         let size = self.subject.size;
         let (chain, shown) = runtime.block_on(async move {
             let shown = read_all(&chain, size).await;

@@ -7,7 +7,9 @@
 mod bytes;
 mod guest;
 mod judge;
+mod matrix;
 mod model;
+mod qemu;
 mod recorder;
 mod run;
 mod states;
@@ -16,4 +18,5 @@ mod subject;
 mod toy;
 mod world;
 
+pub use matrix::{Row, rows};
 pub use run::{Outcome, catch_panics, run};

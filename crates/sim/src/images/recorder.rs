@@ -119,6 +119,10 @@ impl Ledger for Book {
         Ok(self.0.notes().changes())
     }
 
+    fn is_whole(&self) -> io::Result<bool> {
+        Ok(self.0.notes().is_whole())
+    }
+
     fn note(&self, group: &[Change]) -> io::Result<()> {
         self.0.note(group).map_err(|errno| io::Error::from_raw_os_error(errno.code()))
     }

@@ -14,12 +14,14 @@ use super::judge::Remains;
 use super::model::Model;
 use super::recorder::runtime;
 use super::states::{Choice, Replay};
-use super::subject::{BASE, DATA, IMAGE, Subject};
+use super::subject::{BASE, DATA, FILES, IMAGE, MIDDLE, Subject};
 use super::world::{Class, Event, Fault, Notes, Pace, Rule, World};
 use crate::dice::Dice;
 
 /// Deaths that are tried of each run, but for those of which all are.
 const DEATHS: u64 = 10;
+/// Of so many deaths in a run QEMU's programs see the first, if they are to be asked at all.
+const ASKED: u64 = 40;
 /// One run in so many is short, and all its deaths are tried.
 const ALL_DEATHS: u64 = 32;
 
@@ -36,11 +38,12 @@ pub struct Outcome {
     pub failure: Option<String>,
 }
 
-/// Runs a seed.
-pub fn run(seed: u64) -> Outcome {
+/// Runs a seed. Some of what deaths leave is judged by QEMU's programs too, if they are to be asked.
+pub fn run(seed: u64, ask_qemu: bool) -> Outcome {
     let mut dice = Dice::new(seed);
     let subject = Subject::draw(&mut dice);
-    let plan = Plan::draw(&mut dice, &subject, seed.is_multiple_of(ALL_DEATHS));
+    let mut plan = Plan::draw(&mut dice, &subject, seed.is_multiple_of(ALL_DEATHS));
+    plan.ask_qemu = ask_qemu;
     let mut trial = Trial { subject, plan, operations: 0, deaths: 0 };
     let configuration = format!("{:?}\n{:?}", trial.subject, trial.plan);
     let failure = caught(|| trial.run(&mut dice)).err();
@@ -86,6 +89,10 @@ pub(crate) fn caught<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, St
 pub(crate) struct Plan {
     pub(crate) lives: Vec<Life>,
     pub(crate) all_deaths: bool,
+    /// Deaths that are tried, where not all are.
+    pub(crate) deaths: u64,
+    /// Some of them are judged by QEMU's programs too.
+    pub(crate) ask_qemu: bool,
 }
 
 /// From opening to the end.
@@ -113,7 +120,7 @@ impl Plan {
                 killed_after: dice.percent(40).then(|| dice.below(200)),
             }
         };
-        Plan { lives: (0..lives).map(life).collect(), all_deaths }
+        Plan { lives: (0..lives).map(life).collect(), all_deaths, deaths: DEATHS, ask_qemu: false }
     }
 }
 
@@ -138,20 +145,30 @@ impl Rule {
             Class::Resize | Class::Note => &[Errno::ENOSPC],
         };
         let file = match class {
-            Class::Read => dice.pick(&[Some(IMAGE), Some(IMAGE), Some(DATA), Some(BASE), None]),
+            Class::Read => dice.pick(&[Some(IMAGE), Some(IMAGE), Some(DATA), Some(BASE), Some(MIDDLE), None]),
             Class::Note => None,
             Class::Write | Class::Zero | Class::Discard | Class::Resize | Class::Sync => {
                 dice.pick(&[Some(IMAGE), Some(DATA), None])
             }
         };
-        let delay = class != Class::Note && dice.percent(25);
+        let draw = dice.below(100);
+        let errno = dice.pick(errnos);
+        let fault = if class == Class::Resize && draw < 40 {
+            Fault::Full(dice.below(1 << 20))
+        } else if class == Class::Write && draw < 20 {
+            Fault::Short(errno)
+        } else if class != Class::Note && draw < 45 {
+            Fault::Delay
+        } else {
+            Fault::Fail(errno)
+        };
         Rule {
             file,
             classes: vec![class],
             within: None,
             skip: dice.below(30),
             times: dice.pick(&[1, 1, 3, u64::MAX]),
-            fault: if delay { Fault::Delay } else { Fault::Fail(dice.pick(errnos)) },
+            fault,
         }
     }
 }
@@ -183,7 +200,7 @@ impl Trial {
     }
 
     /// One life; whether there can be another.
-    fn live(
+    pub(crate) fn live(
         &self,
         life: &Life,
         world: &Rc<World>,
@@ -263,19 +280,24 @@ impl Trial {
         dice: &mut Dice,
     ) -> Result<(), String> {
         let Trial { subject, plan, deaths, .. } = self;
-        let notes_were_refused = world.has_refused_notes();
         world.log(|log, operations| {
             let mut replay = Replay::new(log, operations, files, Notes::default());
-            for time in times(log, plan.all_deaths, dice) {
+            for time in times(log, plan, dice) {
                 replay.advance(time);
                 let choices = choices(&replay, plan.all_deaths, dice);
                 for choice in choices {
                     let files = replay.power_cut(choice, dice);
                     let view = model.after_power_cut(time as u64);
                     let notes = Notes::default();
-                    let remains = Remains { subject, model, view, files, notes, notes_were_refused };
+                    let remains = Remains { subject, model, view, files, notes };
                     let closely = dice.percent(20);
                     *deaths += 1;
+                    if plan.ask_qemu && *deaths % ASKED == 1 {
+                        let told = |what| {
+                            format!("after a power cut at {time} of {}, {choice:?}: {what}", log.len())
+                        };
+                        remains.ask_qemu().map_err(told)?;
+                    }
                     remains.judge(dice, closely).map_err(|what| {
                         format!("after a power cut at {time} of {}, {choice:?}: {what}", log.len())
                     })?;
@@ -287,9 +309,13 @@ impl Trial {
                     } else {
                         model.after_power_cut(time as u64)
                     };
-                    let remains = Remains { subject, model, view, files, notes, notes_were_refused };
+                    let remains = Remains { subject, model, view, files, notes };
                     let closely = dice.percent(20);
                     *deaths += 1;
+                    if plan.ask_qemu && *deaths % ASKED == 1 {
+                        let told = |what| format!("after a kill at {time} of {}: {what}", log.len());
+                        remains.ask_qemu().map_err(told)?;
+                    }
                     remains
                         .judge(dice, closely)
                         .map_err(|what| format!("after a kill at {time} of {}: {what}", log.len()))?;
@@ -302,15 +328,15 @@ impl Trial {
 
 /// Whether nobody can open the image any more, for a sync of one of its files has failed.
 fn is_poisoned(world: &World) -> bool {
-    (0..3).any(|file| world.poison(file).is_some())
+    (0..FILES).any(|file| world.poison(file).is_some())
 }
 
 /// When to die: anywhere, and right before and after what counts.
-fn times(log: &[Event], all: bool, dice: &mut Dice) -> Vec<usize> {
-    if all {
+fn times(log: &[Event], plan: &Plan, dice: &mut Dice) -> Vec<usize> {
+    if plan.all_deaths {
         return (0..=log.len()).collect();
     }
-    let mut times: Vec<usize> = (0..DEATHS).map(|_| dice.below(log.len() as u64 + 1) as usize).collect();
+    let mut times: Vec<usize> = (0..plan.deaths).map(|_| dice.below(log.len() as u64 + 1) as usize).collect();
     times.push(log.len());
     times.sort_unstable();
     times

@@ -17,14 +17,24 @@ use super::recorder::{Book, Recorder, runtime};
 #[cfg(test)]
 use super::toy::{self, Flaw, Toy};
 use super::world::{Notes, Pace, World};
-use crate::dice::Dice;
+use crate::dice::{Dice, mix};
 
 /// The file with the image.
 pub(crate) const IMAGE: usize = 0;
 /// The file with its data, where that is another.
 pub(crate) const DATA: usize = 1;
-/// The file below.
+/// The file at the bottom.
 pub(crate) const BASE: usize = 2;
+/// The file of the image between.
+pub(crate) const MIDDLE: usize = 3;
+/// How many files there are.
+pub(crate) const FILES: usize = 4;
+/// Bytes that the image between has or has not as a whole.
+const PIECE: u64 = 4096;
+/// The write that the bottom has where the image between hides it.
+const HIDDEN: u32 = 1 << 29;
+/// The name of the snapshot.
+const SNAPSHOT: &str = "before";
 
 /// An image to be.
 #[derive(Clone, Debug)]
@@ -32,8 +42,10 @@ pub(crate) struct Subject {
     pub(crate) kind: Kind,
     /// Bytes of the disk.
     pub(crate) size: u64,
-    /// Bytes of the image below, if there is one.
+    /// So many bytes of the disk are there from the start.
     pub(crate) below: u64,
+    /// Where these are.
+    pub(crate) past: Past,
     /// What is written to as one, in bytes.
     pub(crate) unit: u64,
     /// Changes are noted in a ledger.
@@ -68,6 +80,19 @@ pub(crate) enum Kind {
     Qcow {
         cluster: u32,
     },
+}
+
+/// Where what is there from the start is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Past {
+    /// In a raw image below.
+    Below,
+    /// Some of it is in an image of this format below, the rest in the raw one that this is over.
+    Between(Format),
+    /// In the image itself, compressed.
+    Packed,
+    /// In the image itself, and shared with a snapshot in it.
+    Shared,
 }
 
 /// Where the bytes of a qcow2 disk are.
@@ -126,6 +151,21 @@ impl Kind {
         }
     }
 
+    fn draw_past(&self, dice: &mut Dice) -> Past {
+        let between = [Format::Qcow, Format::Qcow2, Format::Vhd];
+        let draw = dice.below(8);
+        match (self, draw) {
+            #[cfg(test)]
+            (Kind::Toy(_), _) => Past::Below,
+            (Kind::Qcow2 { data: Data::Here, reserved: false, .. }, 0) => Past::Packed,
+            (Kind::Qcow2 { data: Data::Here, reserved: false, refcount_bits: 2.., .. }, 1 | 2) => {
+                Past::Shared
+            }
+            (_, 3 | 4) => Past::Between(dice.pick(&between)),
+            (Kind::Raw | Kind::Qcow2 { .. } | Kind::Vhd { .. } | Kind::Qcow { .. }, _) => Past::Below,
+        }
+    }
+
     fn may_be_over_another(&self) -> bool {
         match self {
             Kind::Raw | Kind::Vhd { is_fixed: true, .. } => false,
@@ -155,11 +195,18 @@ impl Subject {
             0
         };
         let below = below.saturating_sub(dice.pick(&[0, 0, 0, GRAIN, 512]));
+        let past = kind.draw_past(dice);
+        let (below, grain) = match past {
+            Past::Below => (below, GRAIN),
+            Past::Between(_) => (below, 512),
+            Past::Packed | Past::Shared => (below.min(size), GRAIN),
+        };
         let lasting = dice.percent(80);
         Subject {
             kind,
             size,
-            below: below / GRAIN * GRAIN,
+            below: below / grain * grain,
+            past,
             unit,
             has_ledger: lasting && dice.percent(80),
             lasting,
@@ -167,21 +214,108 @@ impl Subject {
         }
     }
 
+    /// Whether there is an image below this one.
+    fn is_over(&self) -> bool {
+        self.below > 0 && matches!(self.past, Past::Below | Past::Between(_))
+    }
+
     /// The files of a new image, durable.
     pub(crate) fn create(&self) -> Result<Vec<Bytes>, String> {
-        let mut base = Bytes::new(self.below);
-        base.write(0, &pattern(0, self.below, BELOW));
-        let files = vec![Bytes::new(0), Bytes::new(0), base];
+        let mut base = Bytes::new(if self.is_over() { self.below } else { 0 });
+        base.write(0, &pattern(0, base.size(), BELOW));
+        if let Past::Between(_) = self.past {
+            for (at, len) in self.between() {
+                base.write(at, &pattern(at, len, HIDDEN));
+            }
+        }
+        let files = vec![Bytes::new(0), Bytes::new(0), base, Bytes::new(0)];
         let world = World::new(files, Notes::default(), Pace::Instant, Dice::new(0));
         let files = Files::new(&world);
         let this = self.clone();
-        let made = runtime(&world).block_on(async move { this.fill(&files).await });
+        let runtime = runtime(&world);
+        let handle = runtime.handle().clone();
+        let made = runtime.block_on(async move {
+            this.fill(&files).await?;
+            this.fill_past(&handle, &files).await
+        });
         made.map_err(|error| format!("create: {error}"))?;
+        drop(runtime);
         Ok(world.files())
     }
 
+    /// What the image between has: first bytes and lengths.
+    fn between(&self) -> impl Iterator<Item = (u64, u64)> {
+        let pieces = (0..self.below).step_by(PIECE as usize).filter(|at| mix(*at ^ self.size) % 2 == 0);
+        pieces.map(|at| (at, PIECE.min(self.below - at)))
+    }
+
+    /// Brings what is there from the start, where that is not the raw image below.
+    async fn fill_past(&self, handle: &Handle, files: &Files) -> Result<(), ImageError> {
+        if self.below == 0 {
+            return Ok(());
+        }
+        match self.past {
+            Past::Below => Ok(()),
+            Past::Between(format) => {
+                create_between(format, self.below, &files.middle).await?;
+                let top = open_between(handle, format, &files.middle, true).await?;
+                let chain = Chain::over(handle, top, vec![Rc::new(Raw::new(files.base.clone()))]);
+                for (at, len) in self.between() {
+                    chain.write(at, Buf::from_bytes(&pattern(at, len, BELOW))).await?;
+                }
+                Ok(chain.close().await?)
+            }
+            Past::Packed => {
+                let mut packer = qcow2::Packer::new(&files.image).await?;
+                let failed = |error: std::io::Error| ImageError::Refused(error.to_string());
+                let mut compressor = qcow2::Compressor::new(packer.compression()).map_err(failed)?;
+                let cluster = packer.cluster_size();
+                for number in 0..self.below.div_ceil(cluster) {
+                    let at = number * cluster;
+                    let mut bytes = pattern(at, cluster.min(self.below - at), BELOW);
+                    bytes.resize(cluster as usize, 0);
+                    let packed = compressor.pack(&bytes).map_err(failed)?;
+                    packer.put(number, packed, &bytes);
+                    while let Some((at, bytes)) = packer.output() {
+                        let end = at + bytes.len() as u64;
+                        if files.image.size() < end {
+                            files.image.resize(end).await?;
+                        }
+                        files.image.write(at, Buf::from_bytes(&bytes)).await?;
+                    }
+                }
+                packer.finish(&files.image).await
+            }
+            Past::Shared => {
+                let header = qcow2::Header::read(&files.image).await?;
+                let settings = Settings { writable: true, ..Settings::default() };
+                let top = Qcow2::open(handle, header, files.image.clone(), None, settings).await?;
+                let chain = Chain::new(handle, Rc::new(top));
+                chain.write(0, Buf::from_bytes(&pattern(0, self.below, BELOW))).await?;
+                chain.close().await?;
+                drop(chain);
+                let when = Duration::from_secs(1_143_000_000);
+                qcow2::take_snapshot(&files.image, SNAPSHOT, when).await
+            }
+        }
+    }
+
+    /// Makes the disk what it was at the start, where a snapshot says that; whether there is one.
+    pub(crate) async fn go_back(&self, world: &Rc<World>) -> Result<bool, ImageError> {
+        if self.past != Past::Shared || self.below == 0 {
+            return Ok(false);
+        }
+        qcow2::apply_snapshot(&Files::new(world).image, SNAPSHOT).await?;
+        Ok(true)
+    }
+
     async fn fill(&self, files: &Files) -> Result<(), ImageError> {
-        let name = || (self.below > 0).then(|| "below".to_owned());
+        let below = match self.past {
+            Past::Below => ("below", Format::Raw),
+            Past::Between(format) => ("middle", format),
+            Past::Packed | Past::Shared => ("", Format::Raw),
+        };
+        let name = || self.is_over().then(|| below.0.to_owned());
         match &self.kind {
             Kind::Raw => files.image.resize(self.size).await.map_err(ImageError::Io),
             #[cfg(test)]
@@ -193,7 +327,7 @@ impl Subject {
                     raw: *data == Data::Raw,
                 };
                 let backing =
-                    |name| Backing { name, format: Some(Format::Raw), others: Vec::new(), unique_id: None };
+                    |name| Backing { name, format: Some(below.1), others: Vec::new(), unique_id: None };
                 let options = qcow2::Create {
                     size: self.size,
                     cluster_size: *cluster,
@@ -218,10 +352,10 @@ impl Subject {
                 let parent = |name| vhd::Parent { name, unique_id: None, changed: time };
                 let options = vhd::Create {
                     size: self.size,
-                    subformat: match (is_fixed, self.below) {
+                    subformat: match (is_fixed, self.is_over()) {
                         (true, _) => vhd::Subformat::Fixed,
-                        (false, 0) => vhd::Subformat::Dynamic,
-                        (false, 1..) => vhd::Subformat::Differencing,
+                        (false, false) => vhd::Subformat::Dynamic,
+                        (false, true) => vhd::Subformat::Differencing,
                     },
                     block: *block,
                     parent: name().map(parent),
@@ -245,7 +379,7 @@ impl Subject {
 
     /// Opens it for writing, over what is below.
     pub(crate) async fn open(&self, handle: &Handle, world: &Rc<World>) -> Result<Chain, ImageError> {
-        let Files { image, data, base } = Files::new(world);
+        let Files { image, data, base, middle } = Files::new(world);
         let ledger =
             self.has_ledger.then(|| Box::new(Book(world.clone())) as Box<dyn image::metadata::Ledger>);
         let settings = Settings { writable: true, cache: self.cache, ledger, lasting: self.lasting };
@@ -267,7 +401,13 @@ impl Subject {
                 Rc::new(Qcow::open(handle, header, image, settings).await?)
             }
         };
-        let below = if self.below > 0 { vec![Rc::new(Raw::new(base)) as Rc<dyn Image>] } else { vec![] };
+        let mut below = Vec::new();
+        if self.is_over() {
+            if let Past::Between(format) = self.past {
+                below.push(open_between(handle, format, &middle, false).await?);
+            }
+            below.push(Rc::new(Raw::new(base)) as Rc<dyn Image>);
+        }
         Ok(Chain::over(handle, top, below))
     }
 
@@ -299,16 +439,75 @@ impl Subject {
     }
 }
 
+/// Makes an image of so many bytes over the raw one.
+async fn create_between(format: Format, size: u64, file: &Rc<dyn Storage>) -> Result<(), ImageError> {
+    let name = "below".to_owned();
+    let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_143_000_000);
+    match format {
+        Format::Raw => file.resize(size).await.map_err(ImageError::Io),
+        Format::Qcow => {
+            qcow::create(file, &qcow::Create { size, backing: Some(name), cluster_size: Some(512) }).await
+        }
+        Format::Qcow2 => {
+            let backing = Backing { name, format: Some(Format::Raw), others: Vec::new(), unique_id: None };
+            let options = qcow2::Create {
+                size,
+                cluster_size: 1024,
+                backing: Some(backing),
+                ..qcow2::Create::default()
+            };
+            qcow2::create(file, &options).await
+        }
+        Format::Vhd => {
+            let options = vhd::Create {
+                size,
+                subformat: vhd::Subformat::Differencing,
+                block: 8192,
+                parent: Some(vhd::Parent { name, unique_id: None, changed: time }),
+                unique_id: Some([8; 16]),
+                created: time,
+                ..vhd::Create::default()
+            };
+            vhd::create(file, &options).await
+        }
+    }
+}
+
+async fn open_between(
+    handle: &Handle,
+    format: Format,
+    file: &Rc<dyn Storage>,
+    writable: bool,
+) -> Result<Rc<dyn Image>, ImageError> {
+    let (file, settings) = (file.clone(), Settings { writable, ..Settings::default() });
+    Ok(match format {
+        Format::Raw => Rc::new(Raw::new(file)),
+        Format::Qcow => {
+            let header = qcow::Header::read(&file).await?;
+            Rc::new(Qcow::open(handle, header, file, settings).await?)
+        }
+        Format::Qcow2 => {
+            let header = qcow2::Header::read(&file).await?;
+            Rc::new(Qcow2::open(handle, header, file, None, settings).await?)
+        }
+        Format::Vhd => {
+            let header = vhd::Header::read(&file).await?;
+            Rc::new(Vhd::open(handle, header, file, settings).await?)
+        }
+    })
+}
+
 struct Files {
     image: Rc<dyn Storage>,
     data: Rc<dyn Storage>,
     base: Rc<dyn Storage>,
+    middle: Rc<dyn Storage>,
 }
 
 impl Files {
     fn new(world: &Rc<World>) -> Files {
         let file = |number| Rc::new(Recorder::new(world, number)) as Rc<dyn Storage>;
-        Files { image: file(IMAGE), data: file(DATA), base: file(BASE) }
+        Files { image: file(IMAGE), data: file(DATA), base: file(BASE), middle: file(MIDDLE) }
     }
 }
 

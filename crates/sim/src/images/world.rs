@@ -86,6 +86,8 @@ pub(crate) enum Event {
     Ended(usize, Result<(), Errno>),
     /// A group was noted in the ledger.
     Noted(Rc<[Change]>),
+    /// A group was not.
+    NotNoted,
     RoundBegun,
     RoundEnded,
     /// Something of a guest's.
@@ -108,6 +110,10 @@ pub(crate) struct Rule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     Fail(Errno),
+    /// The first half of it happens, and then this.
+    Short(Errno),
+    /// A file has no more room than for so many bytes: ENOSPC for whoever would make it longer.
+    Full(u64),
     /// Not answered before nothing else can go on.
     Delay,
 }
@@ -146,7 +152,6 @@ struct Inner {
     /// Errnos that rules have given.
     given: BTreeSet<i32>,
     ledger: Notes,
-    has_refused_notes: bool,
     /// So many operations of a hundred are slow.
     slow: u64,
 }
@@ -157,11 +162,22 @@ pub(crate) struct Notes {
     groups: Vec<Rc<[Change]>>,
     /// How many of them the round under way writes.
     begun: usize,
+    /// Behind so many of them one is missing.
+    gap: Option<usize>,
 }
 
 impl Notes {
     pub(crate) fn note(&mut self, group: Rc<[Change]>) {
         self.groups.push(group);
+    }
+
+    /// One was to be noted and could not be: told where something was noted before.
+    pub(crate) fn miss(&mut self) {
+        self.gap = (!self.groups.is_empty()).then_some(self.groups.len());
+    }
+
+    pub(crate) fn is_whole(&self) -> bool {
+        self.gap.is_none()
     }
 
     pub(crate) fn begin(&mut self) {
@@ -170,6 +186,7 @@ impl Notes {
 
     pub(crate) fn end(&mut self) {
         self.groups.drain(..self.begun);
+        self.gap = self.gap.and_then(|gap| gap.checked_sub(self.begun)).filter(|gap| *gap > 0);
         self.begun = 0;
     }
 
@@ -201,7 +218,6 @@ impl World {
             rules: Vec::new(),
             given: BTreeSet::new(),
             ledger: notes,
-            has_refused_notes: false,
             slow,
         };
         Rc::new(World { inner: RefCell::new(inner), clock: Cell::new(0), turns: Cell::new(0) })
@@ -248,11 +264,6 @@ impl World {
         flying.any(|number| inner.operations[*number].result.is_err())
     }
 
-    /// Whether a note was refused.
-    pub(crate) fn has_refused_notes(&self) -> bool {
-        self.inner.borrow().has_refused_notes
-    }
-
     pub(crate) fn size(&self, file: usize) -> u64 {
         self.inner.borrow().files[file].size()
     }
@@ -279,12 +290,17 @@ impl World {
         );
         let number = inner.operations.len();
         let (mut result, mut is_held) = (Ok(()), false);
-        match inner.strike(file, act.class(), span) {
+        let mut landed = None;
+        match inner.strike(file, &act, span) {
             Some(Fault::Fail(errno)) => result = Err(errno),
+            Some(Fault::Short(errno)) => {
+                result = Err(errno);
+                landed = Some(sectors(span).take(sectors(span).count() / 2).collect());
+            }
+            Some(Fault::Full(_)) => result = Err(Errno::ENOSPC),
             Some(Fault::Delay) => is_held = true,
             None => {}
         }
-        let mut landed = None;
         if let Some(errno) = inner.poison[file]
             && !matches!(act, Act::Read)
         {
@@ -378,8 +394,9 @@ impl World {
     pub(crate) fn note(&self, group: &[Change]) -> Result<(), Errno> {
         let mut inner = self.inner.borrow_mut();
         let span = Span::new(0, 0).expect("nothing is within any file");
-        if let Some(Fault::Fail(errno)) = inner.strike(usize::MAX, Class::Note, span) {
-            inner.has_refused_notes = true;
+        if let Some(Fault::Fail(errno)) = inner.strike_class(usize::MAX, Class::Note, None, span) {
+            inner.ledger.miss();
+            inner.log.push(Event::NotNoted);
             return Err(errno);
         }
         let group: Rc<[Change]> = group.into();
@@ -403,10 +420,24 @@ impl World {
 
 impl Inner {
     /// What a rule does to an operation.
-    fn strike(&mut self, file: usize, class: Class, span: Span) -> Option<Fault> {
+    fn strike(&mut self, file: usize, act: &Act, span: Span) -> Option<Fault> {
+        let room = match act {
+            Act::Resize(bytes) => Some(*bytes),
+            Act::Read | Act::Write(_) | Act::Zero | Act::Discard | Act::Sync => None,
+        };
+        self.strike_class(file, act.class(), room, span)
+    }
+
+    /// The same; `room` is how long the file would be made.
+    fn strike_class(&mut self, file: usize, class: Class, room: Option<u64>, span: Span) -> Option<Fault> {
+        let has_room = |fault| match fault {
+            Fault::Full(most) => room.is_none_or(|room| room <= most),
+            Fault::Fail(_) | Fault::Short(_) | Fault::Delay => false,
+        };
         let matching = |rule: &&mut Rule| {
             rule.file.is_none_or(|wanted| wanted == file)
                 && rule.classes.contains(&class)
+                && !has_room(rule.fault)
                 && rule.within.is_none_or(|within| span.at() < within.end() && within.at() < span.end())
         };
         let mut found = None;
@@ -418,8 +449,10 @@ impl Inner {
                 found = Some(rule.fault);
             }
         }
-        if let Some(Fault::Fail(errno)) = found {
-            self.given.insert(errno.code());
+        match found {
+            Some(Fault::Fail(errno) | Fault::Short(errno)) => drop(self.given.insert(errno.code())),
+            Some(Fault::Full(_)) => drop(self.given.insert(Errno::ENOSPC.code())),
+            Some(Fault::Delay) | None => {}
         }
         found
     }

@@ -17,10 +17,22 @@ use super::plan::Plan;
 use super::progress::Progress;
 use super::target::{self, Target};
 use crate::cli::tool::{Cache, Convert};
+use crate::state;
 
 pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<()> {
     let format = arguments.output_format;
-    let Some(plan) = Plan::new(format, &arguments.options)? else { return Ok(()) };
+    let Some(mut plan) = Plan::new(format, &arguments.options)? else { return Ok(()) };
+    if plan.data_file().is_some() {
+        bail!("-o data_file is for `tapdisk create`; then `qemu-img convert -n` fills it");
+    }
+    if let (Some(name), _) = plan.backing(None, None)? {
+        bail!(
+            "a copy has all the bytes of the disk itself: `tapdisk create -b {name}` makes an image over another"
+        );
+    }
+    if plan.size()?.is_some() {
+        bail!("-o size: a copy is as large as the disk; `tapdisk resize` makes it larger");
+    }
     if arguments.compress && format != Format::Qcow2 {
         bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
     }
@@ -28,7 +40,9 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     let asked = Asked::new(&arguments.source, arguments.format, Access::Read, &arguments.places);
     let source = Asked { cache: source_cache, ..asked }.open(handle).await?;
     refuse_own_source(&source, &arguments.target)?;
-    let (target, opened) = target::make(&arguments.target, arguments.force, cache(arguments.target_cache))?;
+    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let target_cache = cache(arguments.target_cache);
+    let (target, opened) = target::make(&arguments.target, arguments.force, target_cache, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let late: Rc<dyn Storage> = Rc::new(Late(file.clone()));
@@ -57,7 +71,7 @@ async fn copy(
     let from: Rc<dyn Storage> = source.chain.clone();
     let watch: Rc<dyn Watch> = Rc::new(Progress::new(from.size(), arguments.progress)?);
     let format = plan.format();
-    plan.make(&file, from.size(), None).await?;
+    plan.make(&file, from.size(), None, None).await?;
     if arguments.compress {
         return Ok(tool::pack(handle, &from, &file, &watch).await?);
     }
@@ -105,9 +119,9 @@ async fn open_new(
 /// Writing an image while it is read would lose what is behind the reader.
 fn refuse_own_source(source: &Disk, target: &Path) -> anyhow::Result<()> {
     let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
-    for layer in &source.layers {
-        let image = std::fs::metadata(&layer.file.path)
-            .with_context(|| format!("cannot look at {}", layer.file.path.display()))?;
+    for file in source.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
+        let image = std::fs::metadata(&file.path)
+            .with_context(|| format!("cannot look at {}", file.path.display()))?;
         if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
             bail!("{} is what is to be copied: give the copy another name", target.display());
         }

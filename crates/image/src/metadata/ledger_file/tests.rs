@@ -250,11 +250,25 @@ fn a_ledger_is_for_its_owner_alone_and_goes_when_it_is_told_to() {
 fn what_finds_no_room_is_not_noted_and_what_follows_is() {
     let place = Place::new();
     let ledger = place.open();
+    let too_many = group(0..FILE_MAX / CHANGE as u64 + 1);
+    assert_eq!(ledger.note(&too_many).unwrap_err().kind(), ErrorKind::FileTooLarge);
+    assert!(place.open().is_whole().unwrap(), "of nothing there is nothing missing");
     ledger.note(&group(0..1)).unwrap();
-    let error = ledger.note(&group(0..FILE_MAX / CHANGE as u64 + 1)).unwrap_err();
+    assert!(place.open().is_whole().unwrap());
+    let error = ledger.note(&too_many).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::FileTooLarge);
     ledger.note(&group(1..2)).unwrap();
     assert_eq!(place.found(), group(0..2));
+    assert!(!place.open().is_whole().unwrap(), "a successor is to know that something is missing");
+    assert!(!ledger.is_whole().unwrap());
+
+    // A round has written all of it in the end.
+    ledger.begin();
+    ledger.note(&group(2..3)).unwrap();
+    assert!(!place.open().is_whole().unwrap(), "the round may fail yet");
+    ledger.end();
+    assert_eq!(place.found(), group(2..3));
+    assert!(place.open().is_whole().unwrap());
 
     // Where there is no directory any more either.
     let place = Place::new();
