@@ -18,6 +18,8 @@ const PARTS_MAX: usize = 64;
 const COPIES_MAX: usize = 32;
 /// With no more bytes than this between them, the bytes around go out with those that are written, in one piece.
 const TOGETHER_MAX: u64 = 256 << 10;
+/// Between bytes that are copied, so many that are not are read along with them.
+const BETWEEN_MAX: u64 = 16 << 10;
 
 /// A disk: an image that is written, over others that are only read.
 pub struct Chain {
@@ -210,8 +212,14 @@ impl Chain {
         if before + run.len() + after <= TOGETHER_MAX {
             let whole = take(before + run.len() + after);
             let base = head.at();
-            self.copy(head, &whole.part(base, head)).await?;
-            self.copy(tail, &whole.part(base, tail)).await?;
+            // One read costs less than two, though it brings bytes that are overwritten. If just these cannot be read, that
+            // is not to keep them from being overwritten.
+            let all = span_of(base, before + run.len() + after);
+            let is_between = !head.is_empty() && !tail.is_empty() && run.len() <= BETWEEN_MAX;
+            if !is_between || self.copy(all, &whole).await.is_err() {
+                self.copy(head, &whole.part(base, head)).await?;
+                self.copy(tail, &whole.part(base, tail)).await?;
+            }
             whole.part(base, run).copy_from(0, &from);
             return storage.write(at - before, whole).await;
         }

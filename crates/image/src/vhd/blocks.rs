@@ -41,6 +41,8 @@ pub(super) struct Blocks {
     pub(super) next: Cell<u64>,
     /// Byte after the last one that a block can have: where the footer is, in an image that is written.
     pub(super) limit: Cell<u64>,
+    /// From here on the file holds zeroes, but for the footer.
+    pub(super) blank_from: Cell<u64>,
     /// Whether the end was moved, and is to be tidied up at last.
     pub(super) has_grown: Cell<bool>,
     /// Places that were given back, by the byte where the bitmap would be.
@@ -76,6 +78,7 @@ impl Blocks {
             growing: Permits::new(1),
             next: Cell::new(0),
             limit: Cell::new(0),
+            blank_from: Cell::new(0),
             has_grown: Cell::new(false),
             spare: RefCell::default(),
             footer: RefCell::new(header.footer),
@@ -118,6 +121,7 @@ impl Blocks {
             }
             self.put_footer(header, next).await;
         }
+        self.blank_from.set(file.size());
         Ok(())
     }
 

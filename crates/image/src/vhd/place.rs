@@ -1,7 +1,5 @@
 //! Places for what is written: sectors of a block, or a new block.
 
-use std::any::Any;
-
 use block::{Errno, Error, Result, Span};
 use storage::Zeroing;
 
@@ -10,6 +8,9 @@ use super::blocks::{ALIGN, Blocks, Place};
 use super::header::UNUSED;
 use crate::Placement;
 use crate::metadata::{Loaded, UnitLock};
+
+/// The file grows by so many blocks more than are needed, until it is closed.
+const STEP: u64 = 7;
 
 /// What is to be said once the bytes of a placement are written.
 struct Pending {
@@ -81,8 +82,15 @@ impl Blocks {
                 );
                 return Err(Error::new(Errno::EIO, doing));
             }
-            let keep: Option<Box<dyn Any>> = Some(Box::new(pending));
-            return Ok(Placement { at, len, before, after, blank: false, pin: None, keep });
+            return Ok(Placement {
+                at,
+                len,
+                before,
+                after,
+                blank: false,
+                pin: None,
+                keep: Some(Box::new(pending)),
+            });
         }
     }
 
@@ -178,22 +186,24 @@ impl Blocks {
     /// Makes room for a block: zeroes, and before them a bitmap that says that all of it is written or, if the image is
     /// differencing, nothing.
     async fn make_room(&self) -> Result<Place> {
-        let _permit = self.growing.take().await;
+        let permit = self.growing.take().await;
         let spare = self.spare.borrow_mut().pop();
-        match spare {
-            Some(at) => {
-                let result = self.blank(at, at + self.whole(), at).await;
-                if result.is_err() {
-                    self.spare.borrow_mut().push(at);
-                }
-                result.map(|()| Place(at))
-            }
-            None => self.append().await,
+        let (start, dirty, place) = match spare {
+            Some(at) => (at, at + self.whole(), Place(at)),
+            None => self.append().await?,
+        };
+        // Others may have the next places meanwhile.
+        drop(permit);
+        let result = self.blank(start, dirty, place.0).await;
+        if result.is_err() {
+            self.spare.borrow_mut().push(place.0);
         }
+        result.map(|()| place)
     }
 
-    /// Takes the place behind the last block, and moves the footer behind it if that is in the way.
-    async fn append(&self) -> Result<Place> {
+    /// Takes the place behind the last block, and moves the footer behind it if that is in the way. Gives also the bytes
+    /// that may hold anything: from one to another.
+    async fn append(&self) -> Result<(u64, u64, Place)> {
         let start = self.next.get();
         let data = (start + self.bitmap).next_multiple_of(ALIGN);
         let (place, end) = (data - self.bitmap, data + self.block());
@@ -202,20 +212,26 @@ impl Blocks {
                 "address more than 2 TiB of the file: the table of a VHD cannot. Convert the image to qcow2";
             return Err(Error::new(Errno::ENOSPC, doing));
         }
-        let mut dirty = self.file().size();
         if end > self.limit.get() {
-            self.move_footer(end).await?;
-        } else {
-            dirty = end;
+            // Behind more blocks than this one, so that not each has to move it.
+            let stride = self.block() + self.bitmap.next_multiple_of(ALIGN);
+            match self.move_footer(end.saturating_add(STEP * stride)).await {
+                // It need not be so much.
+                Err(error) if error.errno().is_no_space() || error.errno() == Errno::EFBIG => {
+                    self.move_footer(end).await?;
+                }
+                result => result?,
+            }
         }
-        self.blank(start, dirty.min(end), place).await?;
         self.next.set(end);
-        Ok(Place(place))
+        Ok((start, self.blank_from.get().min(end), Place(place)))
     }
 
     /// Writes a footer at byte `at`, where the file is to end then. The one before it stays until it is there.
     async fn move_footer(&self, at: u64) -> Result<()> {
         self.has_grown.set(true);
+        // What is there, the old footer too, may be in a block soon.
+        self.blank_from.set(self.file().size());
         let before = self.metadata.extend(at + SECTOR).await?;
         let footer = self.footer.borrow().bytes();
         if let Err(error) = self.metadata.write_through(at, &footer).await {
@@ -225,6 +241,7 @@ impl Blocks {
             {
                 tracing::warn!(error = %other, "the end of an image cannot be put back; a copy of its footer is at 0");
             }
+            self.blank_from.set(self.file().size());
             return Err(error.during("write the footer"));
         }
         self.limit.set(at);

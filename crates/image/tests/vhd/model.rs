@@ -55,7 +55,8 @@ fn a_dynamic_disk_is_an_array_of_bytes() {
         judge(&std::fs::read(&path).unwrap());
         let at = path.clone();
         let report = run(async move |handle| vhd::check(&file(&handle, &at), Repair::No).await.unwrap());
-        assert!(report.is_clean(), "{report:?}");
+        // What was not closed in order may have kept room for more blocks.
+        assert!(report.is_safe(), "{report:?}");
     }
 }
 
