@@ -50,6 +50,11 @@ impl Chain {
         &self.below
     }
 
+    /// Bytes of memory that the metadata of all of them takes now.
+    pub fn memory(&self) -> usize {
+        self.top.memory() + self.below.iter().map(|image| image.memory()).sum::<usize>()
+    }
+
     /// See [`Image::close`].
     ///
     /// # Errors
@@ -86,6 +91,13 @@ impl Chain {
     }
 
     async fn read_bytes(&self, span: Span, buf: &Buf) -> Result<()> {
+        // Most requests are one run whose place is at hand: they do not pay for what the others need.
+        if !span.is_empty()
+            && let Some(Extent::Data { at, len, pin: _pin }) = self.top.mapped(span)
+            && len == span.len()
+        {
+            return self.top.storage().read(at, buf.clone()).await;
+        }
         let mut rest = span;
         while !rest.is_empty() {
             rest = self.read_parts(span, rest, buf).await?;
@@ -118,6 +130,13 @@ impl Chain {
     }
 
     async fn write_bytes(&self, span: Span, buf: &Buf) -> Result<()> {
+        // As for reads.
+        if !span.is_empty()
+            && let Some(placement) = self.top.placed(span)
+            && placement.len == span.len()
+        {
+            return self.fill(span, placement, buf.clone()).await;
+        }
         let mut rest = span;
         while !rest.is_empty() {
             rest = self.write_parts(span, rest, buf).await?;
@@ -164,6 +183,7 @@ impl Chain {
     /// Data first, then what shows it.
     async fn fill(&self, run: Span, placement: Placement, from: Buf) -> Result<()> {
         match self.bring(run, &placement, from).await {
+            Ok(()) if self.top.committed(&placement) => Ok(()),
             Ok(()) => self.top.commit(placement).await,
             Err(error) => {
                 self.top.give_up(placement);
@@ -382,6 +402,15 @@ impl Storage for Chain {
     }
 
     fn resize(&self, bytes: u64) -> Io<'_> {
+        let (old, below) = (self.top.size(), self.below.first().map_or(0, |image| image.size()));
+        // What was added would be what that one has, until zeroes were written over it one by one.
+        if bytes > old && below > old {
+            let doing = format!(
+                "make a disk of {old} bytes larger over an image of {below}, which would show there: convert it to an image of \
+                 its own, and resize that"
+            );
+            return Box::pin(std::future::ready(Err(Error::new(Errno::EOPNOTSUPP, doing))));
+        }
         self.top.resize(bytes)
     }
 
@@ -467,7 +496,8 @@ mod tests {
             let keep = Some(Box::new(Pending { cluster, place }) as Box<dyn std::any::Any>);
             let len = span.len().min(CLUSTER - skip);
             let after = CLUSTER - skip - len;
-            let placement = Placement { at: place + skip, len, before: skip, after, blank: self.blank, keep };
+            let (at, blank) = (place + skip, self.blank);
+            let placement = Placement { at, len, before: skip, after, blank, pin: None, keep };
             Box::pin(std::future::ready(Ok(placement)))
         }
 

@@ -31,7 +31,7 @@ pub use error::ImageError;
 pub use format::{Backing, Format, UnknownFormat};
 pub use header::Header;
 pub use open::{Disk, open};
-pub use places::Allowed;
+pub use places::{Allowed, named};
 pub use raw::Raw;
 pub use report::{Repair, Report};
 pub use walk::{Filter, Held, Layer, Options, walk};
@@ -113,15 +113,17 @@ pub struct Placement {
     pub after: u64,
     /// Nothing but zeroes is there so far: zeroes need not be written.
     pub blank: bool,
-    /// What the image keeps of it: its locks, what is to be published, a pin. Dropped without a word (`commit`,
+    /// Keeps the place from being used for something else while it is written, if it shows already.
+    pub pin: Option<Rc<dyn Any>>,
+    /// What the image keeps of one that is new: its locks, what is to be published. Dropped without a word (`commit`,
     /// `give_up`), the place is not used again before the image is opened anew, for something may still be written to it.
     pub keep: Option<Box<dyn Any>>,
 }
 
 impl Placement {
     /// A place that shows already: an overwrite.
-    pub fn shown(at: u64, len: u64, keep: Option<Box<dyn Any>>) -> Placement {
-        Placement { at, len, before: 0, after: 0, blank: false, keep }
+    pub fn shown(at: u64, len: u64, pin: Option<Rc<dyn Any>>) -> Placement {
+        Placement { at, len, before: 0, after: 0, blank: false, pin, keep: None }
     }
 }
 
@@ -178,6 +180,11 @@ pub trait Image {
     /// Lets the disk show what was written to the place. Once it has returned, a successor of this process finds it too.
     fn commit(&self, placement: Placement) -> Io<'_>;
 
+    /// As `commit`, where there is nothing to wait for: whether the place shows, and a successor finds it, without that.
+    fn committed(&self, _placement: &Placement) -> bool {
+        false
+    }
+
     /// Gives a place back: nothing will be written to it any more.
     fn give_up(&self, placement: Placement);
 
@@ -205,6 +212,11 @@ pub trait Image {
     /// Flushes, then leaves the files as one who comes later expects them after an orderly end: no mark of being in use,
     /// no space at the end that nothing uses. Nothing is asked of it afterwards.
     fn close(&self) -> Io<'_>;
+
+    /// Bytes of memory that its metadata takes now.
+    fn memory(&self) -> usize {
+        0
+    }
 
     /// Why no flush or write succeeds any more, if that is so.
     fn poison(&self) -> Option<Error> {

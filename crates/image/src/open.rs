@@ -7,7 +7,7 @@ use runtime::Handle;
 use storage::Storage;
 
 use crate::frozen::{Frozen, FrozenLedger};
-use crate::metadata::{Ledger, LedgerFile};
+use crate::metadata::{self, Ledger, LedgerFile};
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
 use crate::vhd::Vhd;
@@ -118,10 +118,12 @@ fn ledger(layer: &Layer) -> Result<Option<LedgerFile>, ImageError> {
     LedgerFile::open(record).map(Some).map_err(|error| ImageError::Refused(error.to_string()))
 }
 
-/// How much of `cache` bytes an image of `count` has: the top one half, the others the rest together.
+/// How much of `cache` bytes an image of `count` has: the top one half, the others the rest together. Where nobody said how
+/// much, the top has what suits most, and the others together as much again.
 fn share(cache: usize, depth: usize, count: usize) -> usize {
     match (cache, depth, count) {
-        (0, ..) => 0,
+        (0, ..) if count > 1 => share(2 * metadata::CACHE, depth, count),
+        (0, ..) => metadata::CACHE,
         (_, 0, 1) => cache,
         (_, 0, _) => cache / 2,
         (_, _, count) => (cache / 2 / (count - 1)).max(CACHE_MIN),
@@ -134,7 +136,7 @@ mod tests {
 
     #[test]
     fn memory_for_tables_is_shared_and_half_of_it_is_the_tops() {
-        assert_eq!(share(0, 0, 3), 0);
+        assert_eq!([share(0, 0, 1), share(0, 0, 3), share(0, 2, 3)], [32 << 20, 32 << 20, 16 << 20]);
         assert_eq!(share(64 << 20, 0, 1), 64 << 20);
         for count in [2, 3, 30] {
             let all: usize = (0..count).map(|depth| share(64 << 20, depth, count)).sum();

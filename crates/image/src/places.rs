@@ -57,7 +57,7 @@ impl Allowed {
 
     /// Where a name in the image at `image` leads, if it may be followed.
     pub(crate) fn follow(&self, image: &Path, name: &str) -> Result<Place, Refusal> {
-        let named = resolve(image, name).ok_or(Refusal::Elsewhere)?;
+        let named = named(image, name).ok_or(Refusal::Elsewhere)?;
         let found = named.canonicalize().map_err(|error| {
             if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
                 return Refusal::Missing(named.clone());
@@ -70,8 +70,13 @@ impl Allowed {
         Ok(Place { named, found })
     }
 
+    /// Whether this file is there and an image may not name it.
+    pub fn forbids(&self, path: &Path) -> bool {
+        path.canonicalize().is_ok_and(|found| !self.holds(&found))
+    }
+
     /// Whether this path, without links in it, is allowed.
-    fn holds(&self, path: &Path) -> bool {
+    pub(crate) fn holds(&self, path: &Path) -> bool {
         // An image in a home must not reach the keys that are kept there too.
         let is_open = |below: &Path| {
             !below.components().any(|part| part.as_os_str().as_encoded_bytes().first() == Some(&b'.'))
@@ -99,8 +104,8 @@ pub(crate) struct Place {
     pub(crate) found: PathBuf,
 }
 
-/// The path that an image means by a name, or `None` for what is no path: `json:{...}`, `nbd://...`, `C:\...`.
-fn resolve(image: &Path, name: &str) -> Option<PathBuf> {
+/// The path that the image at `image` means by a name, or `None` for what is no path: `json:{...}`, `nbd://...`, `C:\...`.
+pub fn named(image: &Path, name: &str) -> Option<PathBuf> {
     let name = match name.strip_prefix("file:") {
         Some(path) => path,
         // As QEMU decides it: a colon before the first slash.

@@ -49,6 +49,10 @@ impl Image for Raw {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    fn committed(&self, _placement: &Placement) -> bool {
+        true
+    }
+
     fn give_up(&self, _placement: Placement) {}
 
     fn zero(&self, span: Span, how: Zeroing) -> Io<'_, Zeroed> {

@@ -1,6 +1,7 @@
 //! The way from an image down to all that it stands on: which files, of which formats, and whether they may be opened.
 
 use std::fmt;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -62,6 +63,8 @@ pub struct Held {
     pub poison: Option<Error>,
     /// What it is.
     identity: Identity,
+    /// Where it is without links, if the kernel can tell.
+    really: Option<PathBuf>,
 }
 
 /// An image on the way.
@@ -159,7 +162,7 @@ impl Walk<'_> {
                 self.lowest().file.path.display()
             )));
         };
-        let place = self.follow(&name, Role::Data)?;
+        let place = self.follow_data(&name)?;
         let read_only = self.options.file.read_only || self.layers.len() > 1;
         let data = self.hold(&place, &name, Role::Data, read_only).await?;
         if let Some(layer) = self.layers.last_mut() {
@@ -241,8 +244,13 @@ impl Walk<'_> {
 
     /// Where a name in the lowest image leads.
     fn follow(&self, name: &str, role: Role) -> Result<Place, ImageError> {
-        let image = &self.lowest().file.path;
-        self.allowed.follow(image, name).map_err(|refusal| match refusal {
+        let place = self.allowed.follow(&self.lowest().file.path, name);
+        place.map_err(|refusal| self.explain(name, role, refusal))
+    }
+
+    /// Why a name is not followed, and what can be done.
+    fn explain(&self, name: &str, role: Role, refusal: Refusal) -> ImageError {
+        match refusal {
             Refusal::Elsewhere => self.refuse(
                 name,
                 role,
@@ -266,7 +274,30 @@ impl Walk<'_> {
                     path.parent().unwrap_or(&path).display()
                 ),
             ),
-        })
+        }
+    }
+
+    /// Where the name of a data file leads. As QEMU has it, a relative one counts from where the process is; who is elsewhere
+    /// than who made the image finds it beside the image.
+    fn follow_data(&self, name: &str) -> Result<Place, ImageError> {
+        let follow = |image: &Path| self.allowed.follow(image, name);
+        match (follow(Path::new("")), follow(&self.lowest().file.path)) {
+            (Ok(here), Ok(beside)) if beside.found != here.found => Err(self.refuse(
+                name,
+                Role::Data,
+                &format!(
+                    "which may be {}, as QEMU would have it, or {}: which is it? Give one of them another name, or work in \
+                     another folder",
+                    here.named.display(),
+                    beside.named.display()
+                ),
+            )),
+            (Ok(here), Ok(_) | Err(_)) => Ok(here),
+            (Err(_), Ok(beside)) => Ok(beside),
+            (Err(refusal @ Refusal::Forbidden(_)), Err(_)) | (Err(_), Err(refusal)) => {
+                Err(self.explain(name, Role::Data, refusal))
+            }
+        }
     }
 
     /// "IMAGE names the backing file NAME, ..."
@@ -305,7 +336,9 @@ impl Walk<'_> {
             | OpenError::Misplaced(_)
             | OpenError::Busy { .. } => refuse(&format!("and {error}")),
         })?;
-        if held.identity != identity {
+        // Whoever may change the folders on the way could have put a link into it meanwhile.
+        let is_allowed = held.really.as_deref().is_none_or(|really| self.allowed.holds(really));
+        if held.identity != identity || !is_allowed {
             return Err(refuse(&format!("and {} was exchanged meanwhile", place.found.display())));
         }
         held.path.clone_from(&place.named);
@@ -388,7 +421,7 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
         look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
-            "{path} {}: --format raw serves its bytes as they are",
+            "{path} {}: --format raw takes its bytes as they are",
             described(look)
         ))),
     }
@@ -411,7 +444,7 @@ fn described(look: Look) -> String {
 fn remedy(role: Role) -> &'static str {
     match role {
         Role::Backing => {
-            ". `tapdisk rebase` corrects the name; --no-backing with --read-only shows what the image has itself"
+            ". `tapdisk rebase -u` corrects the name; `tapdisk serve --no-backing --read-only` shows what the image has itself"
         }
         Role::Data => "",
     }
@@ -422,6 +455,8 @@ async fn hold(handle: &Handle, path: &Path, options: &file::Options) -> Result<H
     file::check_short_transfers(handle, &opened).await?;
     let system = |doing| move |source| OpenError::System { path: path.to_owned(), doing, source };
     let found = rustix::fs::fstat(&opened.file).map_err(|errno| system("look at it")(errno.into()))?;
+    // Not so where there is no /proc.
+    let really = std::fs::read_link(format!("/proc/self/fd/{}", opened.file.as_raw_fd())).ok();
     let records = options.records.as_ref();
     let record = records.map(|records| records.of(&opened.file, path)).transpose();
     Ok(Held {
@@ -435,6 +470,7 @@ async fn hold(handle: &Handle, path: &Path, options: &file::Options) -> Result<H
         record: record.map_err(system("find out its identity"))?,
         poison: opened.poison.clone(),
         identity: Identity::of(&found),
+        really,
         storage: Rc::new(File::new(handle, opened)),
     })
 }

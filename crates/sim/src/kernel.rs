@@ -341,7 +341,8 @@ impl Kernel {
             Io::Seek { at, what: Seek::Hole, .. } => (Kind::SeekHole, (*at, 0), None),
             Io::Seek { at, what: Seek::End, .. } => (Kind::SeekEnd, (*at, 0), None),
             Io::WillNeed { span, .. } => (Kind::WillNeed, span_of(*span), None),
-            Io::Truncate { .. }
+            Io::Allocate { mode: Allocate::Reserve, .. }
+            | Io::Truncate { .. }
             | Io::Receive { .. }
             | Io::Send { .. }
             | Io::Accept { .. }

@@ -81,6 +81,12 @@ pub trait Storage {
     /// A block device has the size it has: asked for more it answers ENOSPC, asked for less it stays as it is.
     fn resize(&self, bytes: u64) -> Io<'_>;
 
+    /// Asks for space behind these bytes where they have none, so that first writes to them cost less and there is room for
+    /// them. No byte changes. EOPNOTSUPP where there is no such thing.
+    fn reserve(&self, _span: Span) -> Io<'_> {
+        Box::pin(std::future::ready(Err(block::Errno::EOPNOTSUPP.into())))
+    }
+
     /// Why it is poisoned, if it is: the error that every flush and write fails with.
     fn poison(&self) -> Option<block::Error>;
 }

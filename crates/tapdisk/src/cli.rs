@@ -79,7 +79,7 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     pub(crate) allow_folder: Vec<PathBuf>,
 
-    /// Memory for the tables of the image and of those it stands on, together [default: what suits each]
+    /// Memory for the tables of the image and of those it stands on, together [default: 32M, of a chain 64M]
     #[arg(long, value_name = "SIZE", default_value = "0", hide_default_value = true, value_parser = cache_size)]
     pub(crate) cache_size: usize,
 

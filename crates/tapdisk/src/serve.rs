@@ -9,6 +9,7 @@ use disk::{Config, Disk, Policy};
 use guest::listen::{Address, Listener};
 use guest::nbd::{Exports, Server, Settings};
 use guest::vhost;
+use image::Chain;
 use runtime::{Mailbox, RingFlags, Runtime, Sender, Uring};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle as SignalHandle, Signals};
@@ -147,7 +148,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
         let failed = match started {
             Ok(()) => {
                 announce(&disk, &contents.how, &places);
-                until_over(&disk, &mut mailbox, guests.len(), others).await
+                until_over(&disk, &contents.chain, &mut mailbox, guests.len(), others).await
             }
             Err(error) => Some(format!("{error:#}")),
         };
@@ -186,6 +187,7 @@ fn serve(arguments: &Serve, mut mailbox: Mailbox<Message>) -> anyhow::Result<()>
 /// gives the reason of the first guest that ended out of order.
 async fn until_over(
     disk: &Disk,
+    chain: &Chain,
     mailbox: &mut Mailbox<Message>,
     mut guests: usize,
     others: bool,
@@ -193,7 +195,11 @@ async fn until_over(
     let mut failed = None;
     loop {
         match mailbox.receive().await {
-            Message::LogState => disk.log_state(),
+            Message::LogState => {
+                disk.log_state();
+                let bytes = chain.memory();
+                tracing::info!(disk = disk.name(), bytes, "memory for tables of images");
+            }
             // A task of its own: storage that hangs must not keep the order to stop from being heard.
             Message::Grow => disk.handle().spawn(grow(disk.clone())),
             Message::Stop => {
@@ -274,6 +280,7 @@ fn absolute(address: &Address) -> anyhow::Result<Address> {
 
 #[cfg(test)]
 mod tests {
+    use image::Raw;
     use storage::Ram;
 
     use super::*;
@@ -283,7 +290,9 @@ mod tests {
         let pool = Pool::new(1 << 16);
         let runtime = Runtime::new(Box::new(Uring::open(RingFlags::Auto, &pool).unwrap()), pool);
         let config = Config { name: "disk".into(), read_only: false, policy: Policy::default() };
-        let disk = Disk::new(runtime.handle(), Rc::new(Ram::new(1 << 20)), config);
+        let raw = Rc::new(Raw::new(Rc::new(Ram::new(1 << 20))));
+        let chain = Rc::new(Chain::new(runtime.handle(), raw));
+        let disk = Disk::new(runtime.handle(), chain.clone(), config);
         let mut mailbox = Mailbox::default();
         let sender = mailbox.sender();
         for why in ended {
@@ -291,7 +300,7 @@ mod tests {
         }
         [Message::Stop, Message::LogState].into_iter().for_each(|message| sender.send(message));
         runtime.block_on(async move {
-            let failed = until_over(&disk, &mut mailbox, guests, others).await;
+            let failed = until_over(&disk, &chain, &mut mailbox, guests, others).await;
             let ended = match mailbox.receive().await {
                 Message::LogState => "told to stop",
                 Message::Stop => "the last guest",

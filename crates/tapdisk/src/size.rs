@@ -1,6 +1,6 @@
 //! Sizes as people write them: `4096`, `512K`, `1G`.
 
-/// Parses a number of bytes with an optional K, M, G or T (powers of 1024; `KiB` and the like mean the same).
+/// Parses a number of bytes with an optional K, M, G, T, P or E (powers of 1024; `KiB` and the like mean the same).
 ///
 /// # Errors
 /// What is wrong with it, in words.
@@ -13,7 +13,13 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         "M" | "m" => 1 << 20,
         "G" | "g" => 1 << 30,
         "T" | "t" => 1 << 40,
-        _ => return Err(format!("`{unit}` is no unit of size: expected K, M, G or T, as in 512M or 1G")),
+        "P" | "p" => 1 << 50,
+        "E" | "e" => 1 << 60,
+        _ => {
+            return Err(format!(
+                "`{unit}` is no unit of size: expected K, M, G, T, P or E, as in 512M or 1G"
+            ));
+        }
     };
     let number: u64 = digits.parse().map_err(|error| format!("`{digits}` is no whole number: {error}"))?;
     let bytes = number.checked_mul(factor).filter(|bytes| i64::try_from(*bytes).is_ok());
@@ -47,6 +53,8 @@ mod tests {
             ("10MiB", 10 << 20),
             ("1G", 1 << 30),
             ("2t", 2 << 40),
+            ("3P", 3 << 50),
+            ("7EiB", 7 << 60),
         ] {
             assert_eq!(parse(text), Ok(bytes), "{text}");
         }
@@ -62,6 +70,7 @@ mod tests {
             ("1.5G", "no whole number"),
             ("0", "makes no disk"),
             ("8388608T", "larger than any disk"),
+            ("8E", "larger than any disk"),
             ("99999999999999999999", "no whole number"),
         ] {
             let error = parse(text).unwrap_err();

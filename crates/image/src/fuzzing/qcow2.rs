@@ -93,7 +93,7 @@ impl Subject for Qcow2 {
     }
 
     fn clears_what_is_beyond(&self) -> bool {
-        false
+        true
     }
 
     fn has_backing<'a>(&'a self, file: &'a Rc<dyn Storage>) -> Tried<'a, bool> {

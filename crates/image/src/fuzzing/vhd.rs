@@ -102,7 +102,7 @@ impl Subject for Vhd {
     }
 
     fn clears_what_is_beyond(&self) -> bool {
-        false
+        true
     }
 
     fn has_backing<'a>(&'a self, file: &'a Rc<dyn Storage>) -> Tried<'a, bool> {

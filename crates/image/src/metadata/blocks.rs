@@ -8,6 +8,9 @@ use slab::Slab;
 
 use super::Stage;
 
+/// Bytes that a block costs besides its words: its record, its place in the index, what the allocator adds.
+const BESIDE: usize = 128;
+
 /// A hasher for numbers of blocks: one multiplication (Fibonacci hashing).
 #[derive(Default)]
 struct Spread(u64);
@@ -75,7 +78,7 @@ pub(super) struct Blocks {
 
 impl Blocks {
     pub(super) fn new(len: usize, budget: usize) -> Blocks {
-        let most = (budget / len).max(16);
+        let most = (budget / (len + BESIDE)).max(16);
         let (slots, index, last) = (Slab::new(), HashMap::default(), Cell::new((u64::MAX, 0)));
         Blocks { len, most, slots, index, last, hand: 0, dirty: 0 }
     }
@@ -85,9 +88,9 @@ impl Blocks {
         self.dirty * self.len
     }
 
-    /// Bytes of all.
+    /// Bytes of memory for all.
     pub(super) fn memory(&self) -> usize {
-        self.slots.len() * self.len
+        self.slots.len() * (self.len + BESIDE)
     }
 
     fn find(&self, number: u64) -> Option<usize> {
@@ -104,7 +107,9 @@ impl Blocks {
     pub(super) fn word(&self, at: u64) -> Option<u64> {
         // On the way of each request: no divisions.
         let block = &self.slots[self.find(at >> self.len.trailing_zeros())?];
-        block.is_used.set(true);
+        if !block.is_used.get() {
+            block.is_used.set(true);
+        }
         Some(block.words[(at as usize & (self.len - 1)) / 8])
     }
 

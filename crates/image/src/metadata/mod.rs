@@ -42,7 +42,7 @@ use pins::Pins;
 pub use units::{Lock as UnitLock, Units};
 
 /// Memory for metadata, in bytes, if nobody says: enough for the tables of 256 GiB in clusters of 64 KiB.
-const CACHE: usize = 32 << 20;
+pub(crate) const CACHE: usize = 32 << 20;
 /// Blocks next to each other are read and written together, up to this many bytes.
 const TOGETHER: usize = 64 << 10;
 /// Changes in the ledger that are let stand before there is a round.
@@ -226,11 +226,13 @@ impl Metadata {
     /// # Errors
     /// Without a ledger, or with one that fails, it takes a round: that one's.
     pub async fn saved(&self) -> Result<()> {
+        if self.is_saved() { Ok(()) } else { self.flush().await }
+    }
+
+    /// As [`Metadata::saved`], where there is nothing to wait for: whether that is so.
+    pub fn is_saved(&self) -> bool {
         // What is not changed any more is in the image already: whoever only meets what another has changed waits for that.
-        if !self.0.settings.lasting || self.0.note() || !self.0.is_dirty() {
-            return Ok(());
-        }
-        self.flush().await
+        !self.0.settings.lasting || self.0.note() || !self.0.is_dirty()
     }
 
     /// Waits while too much is changed and not written; to be called before an operation that changes something takes any
@@ -319,6 +321,17 @@ impl Metadata {
     /// Those of [`Storage::resize`]; ENOSPC where a block device ends before that.
     pub async fn extend(&self, to: u64) -> Result<u64> {
         self.0.extend(to).await
+    }
+
+    /// Asks for space behind bytes of the file that are about to be written for the first time. A tool writes them one after
+    /// the other and all of them, which goes as well without.
+    pub async fn reserve(&self, span: Span) {
+        if self.0.settings.lasting
+            && let Err(error) = self.0.file.reserve(span).await
+        {
+            // Who writes there finds out whether there is room.
+            tracing::debug!(%error, ?span, "no space was reserved");
+        }
     }
 
     /// Why nothing is durable any more, if that is so: the first of the files whose sync has failed.

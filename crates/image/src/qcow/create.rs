@@ -64,8 +64,9 @@ pub async fn create(file: &Rc<dyn Storage>, options: &Create) -> Result<(), Imag
     let l1 = Span::new(l1_at, geometry.l1_span().len().next_multiple_of(SECTOR)).expect("of 2 GiB at most");
     file.resize(0).await?;
     file.resize(l1.end()).await?;
-    // What was on a block device is still there.
-    file.zero(Span::new(0, l1.end()).expect("as above"), Zeroing { unmap: true, fast: false }).await?;
+    // What was on a block device is still there. In a file this takes space for the table: in a hole a store that is full would
+    // fail a flush, long after the write that needed it.
+    file.zero(Span::new(0, l1.end()).expect("as above"), Zeroing { unmap: false, fast: false }).await?;
     file.write(0, Buf::from_bytes(&head)).await?;
     Ok(file.flush().await?)
 }

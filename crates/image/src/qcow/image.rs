@@ -250,6 +250,7 @@ impl Qcow {
                 before,
                 after: (count << geometry.cluster_bits) - before - len,
                 blank: place.blank,
+                pin: None,
                 keep: Some(Box::new(pending)),
             });
         }
@@ -440,6 +441,15 @@ impl Image for Qcow {
 
     fn commit(&self, placement: Placement) -> Io<'_> {
         Box::pin(self.commit_placed(placement))
+    }
+
+    fn committed(&self, placement: &Placement) -> bool {
+        // Another request may have published it, whose answer still waits.
+        placement.keep.is_none() && self.metadata.is_saved()
+    }
+
+    fn memory(&self) -> usize {
+        self.metadata.memory()
     }
 
     fn give_up(&self, placement: Placement) {

@@ -293,6 +293,12 @@ pub async fn create(file: &Rc<dyn Storage>, options: &Create) -> Result<(), Imag
         Preallocation::Full => write_zeroes(filled.0, filled.1).await?,
     }
 
+    // Space for the tables themselves: in a hole a store that is full would fail a flush, long after the write that needed it.
+    for (at, end) in [(header.refcount_table_at, blocks_at), (l1_at, l2_at)] {
+        if let Some(table) = Span::new(at, end - at).filter(|table| !table.is_empty()) {
+            file.zero(table, Zeroing { unmap: false, fast: false }).await?;
+        }
+    }
     let table: Vec<u64> = (0..layout.refcount_blocks).map(|number| blocks_at + number * cluster).collect();
     put(file, header.refcount_table_at, &words(&table)).await?;
     write_counts(file, &header, blocks_at, layout.total()).await?;

@@ -21,8 +21,6 @@ use crate::{Extent, Image, ImageError, Placement, Repair, Zeroed};
 const BLOCK: u64 = 4096;
 /// Rounds write blocks of counts, then the table that leads to these, then what points to clusters.
 const STAGES: u8 = 3;
-/// Where the header has the disk's size.
-const SIZE_AT: u64 = 24;
 
 /// An image of version 2 or 3, open.
 pub struct Qcow2 {
@@ -160,7 +158,7 @@ impl Qcow2 {
         }
     }
 
-    async fn unpack_bytes(&self, at: u64, into: Buf) -> Result<()> {
+    pub(super) async fn unpack_bytes(&self, at: u64, into: Buf) -> Result<()> {
         let cluster = at >> self.shape.cluster_bits;
         // One unpacks it, others who want the same wait and find it.
         let _lock = self.unpacking.lock(cluster..cluster + 1).await;
@@ -229,51 +227,6 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes the disk larger while it is used, as far as its L1 table reaches.
-    async fn enlarge(&self, bytes: u64) -> Result<()> {
-        self.health.check()?;
-        let size = self.size.get();
-        if bytes == size {
-            return Ok(());
-        }
-        let refuse = |why: &str| {
-            Error::new(
-                Errno::EOPNOTSUPP,
-                format!(
-                    "make the qcow2 disk of {size} bytes one of {bytes} while it is used: {why}; tapdisk resize does it"
-                ),
-            )
-        };
-        if bytes < size {
-            return Err(refuse("it would shrink"));
-        }
-        if bytes > self.tables.capacity() || bytes > i64::MAX as u64 {
-            return Err(refuse("its L1 table is too small"));
-        }
-        if self.has_backing {
-            return Err(refuse("what is below it may be larger than it is"));
-        }
-        // What lies behind the end in its last part was never looked at: another program may have left anything there.
-        let end = size.next_multiple_of(self.shape.cluster()).min(bytes);
-        if size < end {
-            let rest = span(size, end - size)?;
-            match self.find(|| self.look(rest)).await? {
-                Extent::Zero { .. } | Extent::Below { .. } => {}
-                Extent::Data { at, len, .. } => {
-                    self.data.zero(span(at, len)?, Zeroing { unmap: false, fast: false }).await?;
-                }
-                Extent::Packed { .. } => return Err(refuse("its last cluster is compressed")),
-            }
-        }
-        if self.raw_data {
-            self.lengthen_data(bytes).await?;
-        }
-        self.metadata.write_through(SIZE_AT, &bytes.to_be_bytes()).await?;
-        self.metadata.sync().await?;
-        self.size.set(bytes);
-        Ok(())
-    }
-
     async fn close_file(&self) -> Result<()> {
         let Some(allocator) = &self.allocator else { return Ok(()) };
         self.metadata.flush().await?;
@@ -330,6 +283,15 @@ impl Image for Qcow2 {
 
     fn commit(&self, placement: Placement) -> Io<'_> {
         Box::pin(self.publish(placement))
+    }
+
+    fn committed(&self, placement: &Placement) -> bool {
+        // Another request may have published it, whose answer still waits.
+        placement.keep.is_none() && self.metadata.is_saved()
+    }
+
+    fn memory(&self) -> usize {
+        self.metadata.memory()
     }
 
     fn give_up(&self, placement: Placement) {

@@ -131,7 +131,7 @@ impl Qcow2 {
         let Some((kind, len)) = run else {
             return Look::Nonsense(format!("no cluster holds the disk's bytes {wanted:?}"));
         };
-        Look::Found(self.extent(kind, len))
+        self.extent(kind, len)
     }
 
     /// Adds bytes of a cluster to a run as far as they go on with it; gives how many.
@@ -161,19 +161,30 @@ impl Qcow2 {
         at - within.start
     }
 
-    fn extent(&self, kind: Kind, len: u64) -> Extent {
+    fn extent(&self, kind: Kind, len: u64) -> Look<Extent> {
         let pin = || Some(self.metadata.pin());
-        match kind {
+        Look::Found(match kind {
             Kind::Zero => Extent::Zero { len },
             Kind::Below => Extent::Below { len },
             Kind::Packed => Extent::Packed { len, pin: pin() },
             Kind::Data { at } => {
                 // The file's last cluster may be there in part, and an external file may be shorter than the disk: what is
-                // missing is zero, as with QEMU.
+                // missing is zero, as with QEMU. But of a cluster that is not there at all the bytes are lost.
                 let there = self.data.size().saturating_sub(at).min(len);
-                if there == 0 { Extent::Zero { len } } else { Extent::Data { at, len: there, pin: pin() } }
+                let (cluster, within) = (self.shape.cluster(), at % self.shape.cluster());
+                match there {
+                    0 if self.shape.external => Extent::Zero { len },
+                    0 if at - within >= self.data.size() => {
+                        return Look::Nonsense(format!(
+                            "the cluster at byte {} is behind the file's end: it was cut off",
+                            at - within
+                        ));
+                    }
+                    0 => Extent::Zero { len: len.min(cluster - within) },
+                    there => Extent::Data { at, len: there, pin: pin() },
+                }
             }
-        }
+        })
     }
 
     /// As `look`, and loads what is missing.

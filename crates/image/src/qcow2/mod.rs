@@ -9,6 +9,7 @@ mod bytes;
 mod check;
 mod counts;
 mod create;
+mod enlarge;
 mod entry;
 mod extension;
 mod free;
@@ -39,7 +40,7 @@ pub use image::Qcow2;
 pub use info::info;
 pub use pack::{Compressor, Packed, Packer};
 pub use prepare::prepare;
-pub use resize::resize;
+pub use resize::{reserve, resize, set_size};
 pub use snapshot::{Snapshot, apply_snapshot, delete_snapshot, find, snapshots, take_snapshot};
 
 /// What a file of this format, and of version 1, begins with.

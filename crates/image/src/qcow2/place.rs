@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::rc::Rc;
 
 use block::{Error, Result, Span};
 
@@ -15,11 +14,6 @@ use crate::metadata::{Loaded, UnitLock};
 
 /// Most bytes of a new place, unless a cluster has more.
 const PLACE_MAX: u64 = 2 << 20;
-
-/// What keeps a place that shows already from being used for something else.
-struct InUse {
-    _pin: Rc<dyn Any>,
-}
 
 /// A place that does not show yet.
 struct Pending {
@@ -66,8 +60,7 @@ impl Qcow2 {
     }
 
     fn in_use(&self, place: Span) -> Placement {
-        let keep: Box<dyn Any> = Box::new(InUse { _pin: self.metadata.pin() });
-        Placement::shown(place.at(), place.len(), Some(keep))
+        Placement::shown(place.at(), place.len(), Some(self.metadata.pin()))
     }
 
     /// Whether data that was to go there would be written over metadata.
@@ -297,7 +290,7 @@ impl Qcow2 {
             return Err(error);
         }
         let keep: Option<Box<dyn Any>> = Some(Box::new(pending));
-        Ok(Placement { at, len: wanted.len(), before, after, blank, keep })
+        Ok(Placement { at, len: wanted.len(), before, after, blank, pin: None, keep })
     }
 
     fn drop_pending(&self, pending: Pending) {

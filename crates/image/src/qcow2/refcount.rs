@@ -29,8 +29,10 @@ const TABLE: Stage = 1;
 const BLOCK: u64 = !0x1ff;
 /// Where the header has the refcount table's place and, right behind, its size in clusters.
 const TABLE_FIELDS_AT: u64 = 48;
-/// The file grows by so many clusters at a time, but by no less and no more than so many bytes.
+/// The file grows by so many clusters at a time, or by this part of what it has, whichever is more, but by no less and no
+/// more than so many bytes.
 const STEP_CLUSTERS: u64 = 64;
+const STEP_PART: u64 = 32;
 const STEP_MIN: u64 = 1 << 20;
 const STEP_MAX: u64 = 64 << 20;
 /// Clusters behind the file's end that may be counted as in use: a crash leaves some.
@@ -62,6 +64,7 @@ pub(super) struct Allocator {
     health: Rc<Health>,
     unpacked: Rc<Unpacked>,
     cluster_bits: u32,
+    is_extended: bool,
     width: Width,
     table: RefCell<Table>,
     /// A new table that is whole, but that the header may or may not point to: writing it has failed.
@@ -111,6 +114,7 @@ impl Allocator {
             health: health.clone(),
             unpacked: unpacked.clone(),
             cluster_bits: header.cluster_bits,
+            is_extended: header.has_extended_l2(),
             width: Width::new(header.refcount_order),
             table: RefCell::new(Table { at, blocks }),
             pending: RefCell::new(None),
@@ -319,7 +323,7 @@ impl Allocator {
             return Err(self.health.corrupt(what).await);
         }
         self.check_free(bytes).await?;
-        self.lengthen(bytes.end()).await?;
+        self.lengthen(bytes).await?;
         self.change(block, clusters.clone(), |_| 1);
         Ok(Allocated { clusters, blank, counts })
     }
@@ -366,19 +370,27 @@ impl Allocator {
         Err(self.health.corrupt(what).await)
     }
 
-    /// Makes the file at least so long, and somewhat longer, so that not each cluster needs that.
-    async fn lengthen(&self, to: u64) -> Result<()> {
-        let size = self.metadata.file().size();
+    /// Makes the file so long that it has these clusters, and somewhat longer, so that not each cluster needs that.
+    async fn lengthen(&self, clusters: Span) -> Result<()> {
+        let (size, to) = (self.metadata.file().size(), clusters.end());
         if to <= size {
             return Ok(());
         }
-        let step = (STEP_CLUSTERS << self.cluster_bits).clamp(STEP_MIN, STEP_MAX).max(self.cluster());
+        let step = (STEP_CLUSTERS << self.cluster_bits).max(size / STEP_PART);
+        let step = step.clamp(STEP_MIN, STEP_MAX).max(self.cluster());
         let result = match self.metadata.extend(to.max(size.saturating_add(step))).await {
             // It need not be so much.
             Err(_) => self.metadata.extend(to).await,
             Ok(size) => Ok(size),
         };
-        result.map(drop).map_err(|error| error.during("make the image's file longer"))
+        result.map_err(|error| error.during("make the image's file longer"))?;
+        // Else each first write to a hole has the file to itself while the file system looks for space (ext4). What has
+        // subclusters is to take no more space than these.
+        if !self.is_extended {
+            let all = span(clusters.at(), self.metadata.file().size() - clusters.at())?;
+            self.metadata.reserve(all).await;
+        }
+        Ok(())
     }
 
     /// Makes the cluster `place`, which is free, the block that counts it and its neighbours, of which there is none. So each

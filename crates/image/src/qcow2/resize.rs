@@ -25,7 +25,7 @@ const PACKED: u64 = 1 << 62;
 const PIECE: u64 = 1 << 20;
 
 /// Gives the disk `size` bytes, a multiple of 512. What is added reads as zero, but where the image below is longer than this
-/// disk was: there it is that one's bytes, so that the caller zeroes them (through a chain) before anybody reads.
+/// disk was: there it is that one's bytes. See [`reserve`] for that.
 ///
 /// # Errors
 /// The size cannot be, the image is not sound, or the storage failed: then the disk has the old or the new size, and at most
@@ -34,6 +34,43 @@ pub async fn resize(
     file: &Rc<dyn Storage>,
     data: Option<&Rc<dyn Storage>>,
     size: u64,
+) -> Result<(), ImageError> {
+    change(file, data, size, true).await
+}
+
+/// Makes the tables long enough for a disk of `size` bytes, and leaves its size as it is. So what the image below would show in
+/// what is added can be made zero before anybody sees it: through an image that is opened with a header of that size. Then
+/// [`set_size`] shows it.
+///
+/// # Errors
+/// As of [`resize`].
+pub async fn reserve(
+    file: &Rc<dyn Storage>,
+    data: Option<&Rc<dyn Storage>>,
+    size: u64,
+) -> Result<(), ImageError> {
+    change(file, data, size, false).await
+}
+
+/// Gives the disk a size, for good, which its tables were made long enough for.
+///
+/// # Errors
+/// They were not, or the storage failed: then the disk has the old or the new size.
+pub async fn set_size(file: &Rc<dyn Storage>, size: u64) -> Result<(), ImageError> {
+    let mut header = Header::read(file).await?;
+    if u64::from(header.l1_entries) < header.l1_needed(size) || size < header.size {
+        return Err(ImageError::Refused(format!("there is no room for a disk of {size} bytes")));
+    }
+    header.size = size;
+    header.write_fields(file).await?;
+    Ok(file.flush().await?)
+}
+
+async fn change(
+    file: &Rc<dyn Storage>,
+    data: Option<&Rc<dyn Storage>>,
+    size: u64,
+    is_shown: bool,
 ) -> Result<(), ImageError> {
     let mut change = Change::begin(file).await?;
     let old = change.header.size;
@@ -64,7 +101,9 @@ pub async fn resize(
     }
     if size > old {
         grow_l1(&mut change, size).await?;
-        change.header.size = size;
+        if is_shown {
+            change.header.size = size;
+        }
         change.switch().await?;
     }
     let header = change.header.clone();

@@ -100,6 +100,18 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Takes out the first clusters of a span beyond the disk's end, over nothing; gives how many bytes these are.
+    pub(super) async fn clear_some(&self, wanted: Span) -> Result<u64> {
+        let done = self.change_clusters(wanted, Wish::Zero { unmap: true }).await?;
+        if done.clusters == 0 {
+            return Err(block::Error::new(
+                block::Errno::EOPNOTSUPP,
+                "say in an L2 table that a cluster is zero",
+            ));
+        }
+        Ok(done.clusters << self.shape.cluster_bits)
+    }
+
     /// Changes the first clusters of a span, which begins with a part of one and ends with one: so many as are worth doing at
     /// once.
     async fn change_clusters(&self, wanted: Span, wish: Wish) -> Result<Done> {

@@ -14,12 +14,16 @@ use super::{GRAIN_MIN, PIECE, ToolError, Watch, next_piece, zero_runs};
 pub struct Convert {
     /// Bytes, a power of two: what the target allocates as one. Zeroes within one are written rather than left out.
     pub unit: u64,
+    /// Bytes, a power of two: of so many of the target only one first write is under way at a time.
+    pub alone: u64,
     /// Whether the target reads as zero where it was not written.
     pub blank: bool,
 }
 
 /// The largest unit of which zeroes are looked for as a whole; in larger ones that would waste too much.
 const GRAIN_MAX: u64 = 64 << 10;
+/// Pieces need not be larger than this for the sake of first writes.
+const ALONE_MAX: u64 = 2 << 20;
 /// Runs of zeroes are written at most so many bytes at a time, so that they can be stopped.
 const ZEROES: u64 = 256 << 20;
 
@@ -94,7 +98,7 @@ async fn start_copies(
 ) -> Result<(), ToolError> {
     let mut rest = run;
     while !rest.is_empty() {
-        let (piece, others) = next_piece(rest, PIECE.max(how.unit));
+        let (piece, others) = next_piece(rest, PIECE.max(how.unit).max(how.alone.min(ALONE_MAX)));
         let (handle, source, target) = (pump.handle().clone(), source.clone(), target.clone());
         pump.start(piece.len(), async move { copy(&handle, &source, &target, piece, how).await }).await?;
         rest = others;
@@ -135,7 +139,7 @@ mod tests {
     use crate::tool::Unwatched;
 
     const SIZE: u64 = (5 << 20) + 1234;
-    const BLANK: Convert = Convert { unit: 4096, blank: true };
+    const BLANK: Convert = Convert { unit: 4096, alone: 4096, blank: true };
 
     fn runtime() -> Runtime {
         let pool = Pool::new(1 << 20);
@@ -178,7 +182,7 @@ mod tests {
                 if !blank {
                     target.write(0, Buf::from_bytes(&[0xdd; SIZE as usize])).await.unwrap();
                 }
-                let how = Convert { unit: 64 << 10, blank };
+                let how = Convert { unit: 64 << 10, alone: 2 << 20, blank };
                 convert(&handle, &source, &target, how, &unwatched()).await.unwrap();
                 let found = content(&target).await;
                 assert!(found[..SIZE as usize] == model, "seed {seed}");

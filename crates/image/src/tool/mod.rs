@@ -16,12 +16,15 @@ pub use map::{Mapped, map};
 pub use pack::pack;
 pub use rebase::rebase;
 
-/// Bytes that are moved in one piece.
+/// Bytes that are moved in one piece, as a rule.
 const PIECE: u64 = 1 << 20;
 /// Pieces that are under way at a time; with `PIECE` this bounds the memory for them.
 const PIECES_MAX: usize = 16;
 /// The least number of bytes that are looked at together for being zero.
 const GRAIN_MIN: u64 = 4096;
+
+/// So many bytes are looked at first.
+const FIRST: usize = 256;
 
 /// Who watches work that may take long.
 pub trait Watch {
@@ -89,7 +92,9 @@ fn is_zero(buf: &Buf) -> bool {
     let mut bytes = [0; GRAIN_MIN as usize];
     let mut at = 0;
     while at < buf.len() {
-        let part = &mut bytes[..(buf.len() - at).min(GRAIN_MIN as usize)];
+        // What is not zero most often begins with something else.
+        let most = if at == 0 { FIRST } else { bytes.len() };
+        let part = &mut bytes[..(buf.len() - at).min(most)];
         buf.get(at, part);
         if part.iter().fold(0, |all, byte| all | byte) != 0 {
             return false;

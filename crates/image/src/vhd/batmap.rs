@@ -11,7 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::{SECTOR, footer};
 
-const COOKIE: [u8; 8] = *b"tdbatmap";
+/// What its header begins with.
+pub(super) const COOKIE: [u8; 8] = *b"tdbatmap";
 /// The bytes of its blocks, whatever those of the image are: blktap has no others.
 pub(super) const BLOCK: u64 = 2 << 20;
 
@@ -49,7 +50,7 @@ impl Batmap {
             key_hash: [0; 32],
             reserved: [0; 418],
         };
-        batmap.seal(&[]);
+        batmap.seal(&[], 0);
         batmap
     }
 
@@ -96,9 +97,23 @@ impl Batmap {
         map.get(..counted).is_some_and(|map| self.sum(map) == self.checksum.get())
     }
 
-    /// Sets the checksum to that of these bytes of the map; zeroes after them count nothing.
-    pub(super) fn seal(&mut self, map: &[u8]) {
-        self.checksum = U32::new(self.sum(map));
+    /// Sets the checksum to that of these bytes of the map, for a disk of so many bytes; zeroes after them count nothing.
+    pub(super) fn seal(&mut self, map: &[u8], size: u64) {
+        let counted = self.counted(size).min(map.len() as u64) as usize;
+        self.checksum = U32::new(self.sum(&map[..counted]));
+    }
+
+    /// Makes the map say nothing of the blocks from this one on; whether it did.
+    pub(super) fn forget(map: &mut [u8], block: u32) -> bool {
+        let first = block as usize / 8;
+        let rest = map.get_mut(first..).unwrap_or_default();
+        let mut changed = false;
+        for (nth, byte) in rest.iter_mut().enumerate() {
+            let kept = if nth == 0 { !(0xff >> (block % 8)) } else { 0 };
+            changed |= *byte & !kept != 0;
+            *byte &= kept;
+        }
+        changed
     }
 }
 
@@ -128,11 +143,24 @@ mod tests {
     }
 
     #[test]
+    fn blocks_that_a_disk_has_not_are_forgotten() {
+        for (block, expected) in
+            [(0, [0, 0, 0]), (3, [0xe0, 0, 0]), (8, [0xff, 0, 0]), (23, [0xff, 0xff, 0xfe])]
+        {
+            let mut map = [0xff; 3];
+            assert!(Batmap::forget(&mut map, block));
+            assert_eq!(map, expected, "{block}");
+            assert!(!Batmap::forget(&mut map, block));
+        }
+        assert!(!Batmap::forget(&mut [0xff; 3], 24));
+    }
+
+    #[test]
     fn a_changed_map_is_seen() {
         let mut batmap = Batmap::new(0, 4096);
         let mut map = vec![0; 512];
         map[3] = 0x80;
-        batmap.seal(&map);
+        batmap.seal(&map, 1 << 30);
         assert!(batmap.fits(&map, 1 << 30));
         map[3] = 0xc0;
         assert!(!batmap.fits(&map, 1 << 30));

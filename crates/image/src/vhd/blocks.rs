@@ -7,15 +7,13 @@ use block::{Errno, Error, Result, Span};
 use storage::{Permits, Storage};
 
 use super::footer::Footer;
-use super::header::{Header, Sparse, UNUSED};
-use super::{SECTOR, Subformat};
+use super::header::{Header, Sparse, TABLE_STEP, UNUSED};
+use super::{SECTOR, Subformat, batmap};
 use crate::metadata::{Loaded, Metadata, Stage, Units};
 use crate::{Extent, ImageError};
 
 /// Tables and bitmaps point to data: they are written when that is durable.
 pub(super) const STAGE: Stage = 1;
-/// Bytes of the table that are read at a time when an image is opened.
-const TABLE_STEP: u64 = 64 << 10;
 /// How far behind the last place a block may begin that was given a place and nothing else, in bytes: blktap aligns the
 /// data of blocks to pages.
 const SLACK: u64 = 4096;
@@ -104,6 +102,9 @@ impl Blocks {
         self.full.borrow_mut().resize((sparse.blocks as usize).div_ceil(64), 0);
         *self.footer.borrow_mut() = header.footer;
         let end = header.footer_at.unwrap_or(file.size());
+        if self.writable {
+            sparse.check_whole()?;
+        }
         let last = self.judge(sparse, end).await?;
         let next = last.map_or(0, |last| last + self.whole()).max(sparse.taken_until());
         // Places that were given away and are not in the table yet are behind those that are.
@@ -111,6 +112,10 @@ impl Blocks {
         self.next.set(next);
         self.limit.set(end);
         if self.writable {
+            if let Some(at) = sparse.batmap_at.filter(|_| sparse.is_stray) {
+                self.metadata.write_through(at, &[0; batmap::COOKIE.len()]).await?;
+                self.metadata.sync().await?;
+            }
             self.put_footer(header, next).await;
         }
         Ok(())

@@ -6,11 +6,11 @@ use block::Span;
 use storage::Storage;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::SECTOR;
 use super::blocks::ALIGN;
 use super::create::write;
 use super::footer::{Footer, Subformat};
-use super::header::{Footers, Header, SECOND, SECOND_COOKIE, Second, Sparse, UNUSED, read};
+use super::header::{Footers, Header, Locator, SECOND, SECOND_COOKIE, Second, Sparse, UNUSED, read};
+use super::{SECTOR, batmap};
 use crate::{ImageError, Repair, Report};
 
 /// Bytes that are looked through at a time.
@@ -34,9 +34,11 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
     let header = Header::read(file).await?;
     header.notes().iter().for_each(|note| report.note(|| note.clone()));
     let mut check = Check { file, header, repair, report };
+    check.locators().await?;
     match check.header.sparse.clone() {
         None => check.report.image_end_offset = file.size(),
         Some(sparse) => {
+            check.stray(&sparse).await?;
             let entries = check.table(&sparse).await?;
             check.batmap(&sparse, &entries).await?;
             check.end(&sparse, &entries).await?;
@@ -142,6 +144,38 @@ impl Check<'_> {
         fixes
     }
 
+    /// Takes out parent locators that are beyond the end of the file.
+    async fn locators(&mut self) -> Result<(), ImageError> {
+        let Some(sparse) = self.header.sparse.clone() else { return Ok(()) };
+        let mut second = sparse.second;
+        for number in &sparse.beyond {
+            if self.corruption(|| format!("parent locator {number} is beyond the end of the file")) {
+                second.locators[*number] = Locator::NONE;
+            }
+        }
+        if second == sparse.second {
+            if !sparse.beyond.is_empty() {
+                // Nothing is written behind the end, not even a footer.
+                self.repair = Repair::No;
+            }
+            return Ok(());
+        }
+        second.seal();
+        write(self.file, sparse.at, second.as_bytes()).await?;
+        self.header = Header::read(self.file).await?;
+        Ok(())
+    }
+
+    /// Takes out the header of a batmap that cannot be.
+    async fn stray(&mut self, sparse: &Sparse) -> Result<(), ImageError> {
+        if let Some(at) = sparse.batmap_at.filter(|_| sparse.is_stray)
+            && self.leak(1, || format!("the batmap's header at {at} makes no sense"))
+        {
+            write(self.file, at, &[0; batmap::COOKIE.len()]).await?;
+        }
+        Ok(())
+    }
+
     /// Checks each entry of the table; gives those that make sense.
     async fn table(&mut self, sparse: &Sparse) -> Result<Vec<u32>, ImageError> {
         let whole = sparse.bitmap() + sparse.block();
@@ -229,7 +263,7 @@ impl Check<'_> {
             }
         }
         if changed {
-            batmap.seal(&map);
+            batmap.seal(&map, self.header.size());
             write(self.file, batmap.at.get(), &map).await?;
             write(self.file, at, &batmap.bytes()).await?;
         }
@@ -296,12 +330,13 @@ impl Check<'_> {
         let footers = Footers::read(self.file).await?;
         let (at, last) = footers.last;
         let wanted = self.header.footer;
+        let is_own = footers.own(&wanted).is_some();
         let end = self.report.image_end_offset - SECTOR;
         if last != Ok(wanted) || at < end {
             let place = if at < end || !at.is_multiple_of(SECTOR) { end } else { at };
             if self.leak(1, || format!("the footer at {at} is missing or is not what its copy says")) {
                 write(self.file, place, &wanted.bytes()).await?;
-                if let (true, Ok(_)) = (place > at, last) {
+                if place > at && is_own {
                     // The last block had only a part of its room, and the footer was in the rest of it.
                     write(self.file, at, &vec![0; SECTOR.min(place - at) as usize]).await?;
                 }

@@ -201,6 +201,11 @@ impl Footer {
         self.creator.starts_with(b"tap")
     }
 
+    /// Whether blktap looks for a batmap; in images of its version 1.1 there may be none.
+    pub(super) fn has_batmap(&self) -> bool {
+        self.is_of_blktap() && self.creator_version.get() >= Footer::tap_version(1, 1)
+    }
+
     /// Whether the disk is as large as its geometry says, not its size: in images of Virtual PC, which knows nothing
     /// else, and in those of QEMU that are to be the same there. Not if the geometry is the largest: it stands for more.
     pub(super) fn goes_by_geometry(&self) -> bool {

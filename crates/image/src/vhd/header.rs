@@ -19,6 +19,8 @@ pub(super) const SECOND: u64 = 1024;
 /// Blocks of a disk, which bounds the memory for its table: 2040 GiB in blocks of 512 KiB. Real images have these, or
 /// blocks of 2 MiB.
 const BLOCKS_MAX: u64 = 1 << 22;
+/// Bytes of the table that are read at a time.
+pub(super) const TABLE_STEP: u64 = 64 << 10;
 /// An entry of the table without a block.
 pub(super) const UNUSED: u32 = u32::MAX;
 
@@ -86,6 +88,12 @@ pub(super) struct Sparse {
     pub(super) blocks: u32,
     /// Its header, and where that is.
     pub(super) batmap: Option<(u64, Batmap)>,
+    /// Where its header is or would be, in an image of blktap's.
+    pub(super) batmap_at: Option<u64>,
+    /// Numbers of parent locators that are beyond the end of the file.
+    pub(super) beyond: Vec<usize>,
+    /// There is a header, and it makes no sense. It must not begin to when the file has more bytes.
+    pub(super) is_stray: bool,
     /// Names of the image below, best first.
     names: Vec<String>,
     /// Where metadata is, other than the last footer.
@@ -103,9 +111,24 @@ impl Sparse {
         bitmap_len(self.block())
     }
 
+    /// Refuses to change a file that ends before a parent locator: what is written behind its end, by a guest at last, would be
+    /// the name of the image below.
+    pub(super) fn check_whole(&self) -> Result<(), ImageError> {
+        match self.beyond.first().and_then(|number| self.second.locators.get(*number)) {
+            None => Ok(()),
+            Some(locator) => Err(invalid(format!(
+                "a parent locator is at {}, beyond the end of the file: that was cut off. The image can be opened to be read, \
+                 and a check that repairs all takes the locator out",
+                locator.at
+            ))),
+        }
+    }
+
     /// Byte after the metadata before the blocks.
     pub(super) fn taken_until(&self) -> u64 {
-        self.taken.iter().map(|span| span.end()).max().unwrap_or(0).next_multiple_of(SECTOR)
+        // Where blktap looks for a header a guest has no say, whether there is one or not.
+        let batmap = self.batmap_at.map(|at| at + SECTOR);
+        self.taken.iter().map(|span| span.end()).chain(batmap).max().unwrap_or(0).next_multiple_of(SECTOR)
     }
 }
 
@@ -205,6 +228,13 @@ impl Footers {
             ))),
         }
     }
+
+    /// Where the last one is, if it is that of the image with this footer. In a file that lost its end the last sector is a
+    /// guest's, which may write there what it likes; but it does not know the image's unique identifier.
+    pub(super) fn own(&self, footer: &Footer) -> Option<u64> {
+        let (at, last) = &self.last;
+        last.as_ref().is_ok_and(|last| last.unique_id == footer.unique_id).then_some(*at)
+    }
 }
 
 impl Header {
@@ -216,7 +246,7 @@ impl Header {
         let mut notes = Vec::new();
         let footers = Footers::read(file).await?;
         let footer = footers.judge(&mut notes)?;
-        let footer_at = footers.last.1.is_ok().then_some(footers.last.0);
+        let footer_at = footers.own(&footer);
         let subformat = footer.subformat().ok_or_else(|| {
             invalid(format!(
                 "the footer says that this is a disk of type {}: 2 (fixed), 3 (dynamic) and 4 (differencing) are known",
@@ -251,6 +281,7 @@ impl Header {
         }
         let mut header = Header { footer, subformat, footer_at, sparse: None, notes };
         if subformat == Subformat::Fixed {
+            refuse_two(file, &footers).await?;
             let room = footers.last.0;
             if header.size() > room {
                 return Err(invalid(format!(
@@ -278,14 +309,22 @@ impl Header {
         let second = Second::read_from_bytes(&bytes).map_err(|_size| invalid("half a header".to_owned()))?;
         let (blocks, table) = judge_second(&second, span, self.size(), file.size())?;
         let mut taken = vec![Span::new(0, SECTOR).expect("small"), span, table];
-        let batmap = self.read_batmap(file, table.end()).await?;
-        if let Some((at, batmap)) = &batmap {
-            let map = Span::new(batmap.at.get(), batmap.len());
-            taken.extend(Span::new(*at, SECTOR).into_iter().chain(map));
-        }
-        let mut names = Vec::new();
-        for locator in second.locators.iter().filter(|locator| locator.platform.get() != 0) {
-            self.read_locator(file, locator, &mut names, &mut taken).await?;
+        let batmap_at = self.footer.has_batmap().then_some(table.end());
+        let found = match batmap_at {
+            Some(at) => self.read_batmap(file, at).await?.map(|batmap| (at, batmap)),
+            None => None,
+        };
+        let batmap = found.filter(|(at, batmap)| self.is_batmap_sound(*at, batmap, file.size()));
+        let is_stray = found.is_some() && batmap.is_none();
+        taken.extend(found.and_then(|(at, _)| Span::new(at, SECTOR)));
+        taken.extend(batmap.and_then(|(_, batmap)| Span::new(batmap.at.get(), batmap.len())));
+        let (mut names, mut beyond) = (Vec::new(), Vec::new());
+        for (number, locator) in second.locators.iter().enumerate() {
+            if locator.platform.get() != 0
+                && !self.read_locator(file, locator, &mut names, &mut taken).await?
+            {
+                beyond.push(number);
+            }
         }
         if self.subformat == Subformat::Differencing {
             names.extend(locators::decode_name(&second.parent_name));
@@ -297,66 +336,68 @@ impl Header {
                 ));
             }
         }
-        Ok(Sparse { second, at, blocks, batmap, names, taken })
+        Ok(Sparse { second, at, blocks, batmap, batmap_at, beyond, is_stray, names, taken })
     }
 
-    /// The header of the batmap, if there is one that makes sense.
-    async fn read_batmap(
-        &mut self,
-        file: &Rc<dyn Storage>,
-        at: u64,
-    ) -> Result<Option<(u64, Batmap)>, ImageError> {
-        let tap = self.footer.creator_version.get();
-        if !self.footer.is_of_blktap() || tap < Footer::tap_version(1, 1) {
-            return Ok(None);
-        }
-        let is_there = Span::new(at, SECTOR).is_some_and(|span| span.is_within(file.size()));
-        let found = if is_there { Batmap::parse(&read(file, at, SECTOR).await?) } else { None };
-        let Some(batmap) = found else {
-            if tap > Footer::tap_version(1, 1) {
-                self.notes.push(format!("there is no batmap at {at}: it is done without"));
-            }
-            return Ok(None);
+    /// The header of the batmap at this byte, if there is one.
+    async fn read_batmap(&mut self, file: &Rc<dyn Storage>, at: u64) -> Result<Option<Batmap>, ImageError> {
+        // What a file that was cut off has not is zero once it is longer.
+        let mut bytes = match file.size().saturating_sub(at).min(SECTOR) {
+            0 => Vec::new(),
+            there => read(file, at, there).await?,
         };
-        if batmap.is_encrypted != 0 {
+        bytes.resize(SECTOR as usize, 0);
+        let found = Batmap::parse(&bytes);
+        if found.is_none() && self.footer.creator_version.get() > Footer::tap_version(1, 1) {
+            self.notes.push(format!("there is no batmap at {at}: it is done without"));
+        }
+        if found.is_some_and(|batmap| batmap.is_encrypted != 0) {
             return Err(ImageError::Unsupported(
                 "this image is encrypted (the batmap's header has the hash of a key), which is not supported: decrypt it \
                  with the tools that made it"
                     .to_owned(),
             ));
         }
+        Ok(found)
+    }
+
+    /// Whether the batmap whose header is at this byte can be where that says, in a file of so many bytes.
+    fn is_batmap_sound(&mut self, at: u64, batmap: &Batmap, file: u64) -> bool {
         let map = Span::new(batmap.at.get(), batmap.len());
         let is_sound = map.is_some_and(|map| {
-            map.at() >= at + SECTOR && map.is_aligned(SECTOR) && map.is_within(file.size())
+            map.at() >= at + SECTOR
+                && map.is_aligned(SECTOR)
+                && map.is_within(file)
+                && map.len() <= BLOCKS_MAX / 8
         });
         if !is_sound {
             self.notes.push(format!(
                 "the batmap's header at {at} says that the map is at {}, with {} sectors: it is done without",
                 batmap.at, batmap.sectors
             ));
-            return Ok(None);
         }
-        Ok(Some((at, batmap)))
+        is_sound
     }
 
+    /// Reads a parent locator; false if it is beyond the end of the file.
     async fn read_locator(
         &mut self,
         file: &Rc<dyn Storage>,
         locator: &Locator,
         names: &mut Vec<String>,
         taken: &mut Vec<Span>,
-    ) -> Result<(), ImageError> {
+    ) -> Result<bool, ImageError> {
         let (at, len) = (locator.at.get(), locator.len.get());
         let room = locators::room(locator.room.get()).map(|room| room.max(u64::from(len)));
-        let span = room.and_then(|room| Span::new(at, room)).filter(|span| span.is_within(file.size()));
-        let Some(span) = span else {
+        let span = room.and_then(|room| Span::new(at, room));
+        let Some(found) = span.filter(|span| span.is_within(file.size())) else {
             self.notes.push(format!(
                 "a parent locator says that it has {len} bytes at {at}, which makes no sense: it is left out"
             ));
-            return Ok(());
+            return Ok(span.is_none());
         };
-        taken.push(span);
-        let Some(platform) = Platform::of(locator.platform.get()) else { return Ok(()) };
+        taken.push(found);
+        let Some(platform) = Platform::of(locator.platform.get()) else { return Ok(true) };
         if self.subformat == Subformat::Differencing && (1..=NAME_MAX).contains(&len) {
             for name in platform.decode(&read(file, at, u64::from(len)).await?) {
                 if !names.contains(&name) {
@@ -364,7 +405,7 @@ impl Header {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Bytes of the disk.
@@ -406,6 +447,45 @@ impl Header {
         let format = Some(if id.is_some() { Format::Vhd } else { Format::Raw });
         Some(Backing { name: name.clone(), format, others: others.to_vec(), unique_id: id })
     }
+}
+
+/// Refuses a file that is a fixed image by its last sector and by its first ones a dynamic one, of which that sector is a
+/// block's: in a fixed image the first ones are the guest's, in a dynamic one that lost its footer the last one is. Whoever
+/// believed the wrong one would give the guest the header of its own image to write.
+async fn refuse_two(file: &Rc<dyn Storage>, footers: &Footers) -> Result<(), ImageError> {
+    let Ok(copy) = footers.copy else { return Ok(()) };
+    let Some(subformat) = copy.subformat().filter(|subformat| *subformat != Subformat::Fixed) else {
+        return Ok(());
+    };
+    let mut other = Header { footer: copy, subformat, footer_at: None, sparse: None, notes: Vec::new() };
+    if copy.disk_sectors() > SECTORS_MAX {
+        return Ok(());
+    }
+    let sparse = match other.read_sparse(file).await {
+        Ok(sparse) => sparse,
+        Err(error @ ImageError::Io(_)) => return Err(error),
+        // Nobody would take it for a dynamic image.
+        Err(ImageError::Invalid(_) | ImageError::Unsupported(_) | ImageError::Refused(_)) => return Ok(()),
+    };
+    let (at, table_at) = (footers.last.0, sparse.second.table_at.get());
+    let whole = sparse.bitmap() + sparse.block();
+    let len = u64::from(sparse.blocks) * 4;
+    for from in (0..len).step_by(TABLE_STEP as usize) {
+        let entries = read(file, table_at + from, TABLE_STEP.min(len - from)).await?;
+        let (entries, _) = entries.as_chunks();
+        for entry in entries.iter().map(|entry| u32::from_be_bytes(*entry)).filter(|entry| *entry != UNUSED) {
+            let place = u64::from(entry) * SECTOR;
+            if place <= at && at < place + whole {
+                return Err(invalid(format!(
+                    "its last sector, at {at}, is the footer of a fixed image, and by its first ones it is a {} image with a \
+                     block in that place: one of the two was written by a guest. If it is {0}, put a sector of zeroes behind \
+                     the file's end; if it is fixed, convert it as a raw one",
+                    subformat.name()
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Judges a second header, which is at `span`, of a disk of `size` bytes in a file of so many. Gives the disk's blocks and

@@ -181,6 +181,16 @@ impl Image for Vhd {
         })
     }
 
+    fn committed(&self, placement: &Placement) -> bool {
+        // Another request may have published it, whose answer still waits.
+        let is_saved = |blocks: &Blocks| placement.keep.is_none() && blocks.metadata.is_saved();
+        self.blocks.as_ref().is_none_or(is_saved)
+    }
+
+    fn memory(&self) -> usize {
+        self.blocks.as_ref().map_or(0, |blocks| blocks.metadata.memory())
+    }
+
     fn give_up(&self, placement: Placement) {
         if let Some(blocks) = &self.blocks {
             blocks.give_up(placement);

@@ -29,9 +29,7 @@ impl Blocks {
         match self.look(span)? {
             // A file that ends before what its table points to is not written there.
             crate::Extent::Data { at, len, .. } if at + len > self.metadata.file().size() => None,
-            crate::Extent::Data { at, len, pin } => {
-                Some(Placement::shown(at, len, pin.map(|pin| Box::new(pin) as Box<dyn Any>)))
-            }
+            crate::Extent::Data { at, len, pin } => Some(Placement::shown(at, len, pin)),
             crate::Extent::Zero { .. } | crate::Extent::Below { .. } | crate::Extent::Packed { .. } => None,
         }
     }
@@ -83,7 +81,8 @@ impl Blocks {
                 );
                 return Err(Error::new(Errno::EIO, doing));
             }
-            return Ok(Placement { at, len, before, after, blank: false, keep: Some(Box::new(pending)) });
+            let keep: Option<Box<dyn Any>> = Some(Box::new(pending));
+            return Ok(Placement { at, len, before, after, blank: false, pin: None, keep });
         }
     }
 
@@ -118,7 +117,7 @@ impl Blocks {
         let pending =
             Pending { block, place, is_new: true, sectors, _lock: lock, _table: table, _bitmap: bitmap };
         let at = place.0 + self.bitmap + skip;
-        Ok(Placement { at, len, before, after, blank: true, keep: Some(Box::new(pending)) })
+        Ok(Placement { at, len, before, after, blank: true, pin: None, keep: Some(Box::new(pending)) })
     }
 
     /// See [`Image::commit`](crate::Image::commit).

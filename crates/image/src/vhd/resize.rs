@@ -8,12 +8,12 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::SECTOR;
-use super::batmap::Batmap;
+use super::batmap::{self, Batmap};
 use super::blocks::ALIGN;
 use super::create::{check_size, lengthen, write};
-use super::footer::Footer;
+use super::footer::{Footer, Subformat};
 use super::geometry::Geometry;
-use super::header::{Header, Sparse, UNUSED, check_blocks, read};
+use super::header::{Footers, Header, Sparse, UNUSED, check_blocks, read};
 use crate::ImageError;
 
 /// Bytes that are copied at a time.
@@ -37,8 +37,9 @@ pub(super) async fn has_room(file: &Rc<dyn Storage>, bytes: u64) -> Result<bool,
     Ok(more.iter().all(|byte| *byte == 0xff))
 }
 
-/// Makes the disk of an image larger; what is added reads as zero. In a differencing image it is what the image below has
-/// there: nothing, unless that was larger than the one above it, which VHD's own tools do not allow.
+/// Makes the disk of an image larger; what is added reads as zero, whatever the file has there. In a differencing image it is
+/// what the image below has there: nothing, unless that is larger than the one above it. No tool of blktap's or Microsoft's
+/// makes such an image, and [`Chain`](crate::Chain) does not let one grow.
 ///
 /// # Errors
 /// Less than it has, or more than a VHD can have; those of the image and its file.
@@ -55,17 +56,27 @@ pub async fn resize(file: &Rc<dyn Storage>, bytes: u64) -> Result<(), ImageError
         return Ok(());
     }
     let footer = larger(&header, bytes)?;
+    if let Some(sparse) = &header.sparse {
+        check_blocks(bytes, sparse.second.block.get())?;
+        sparse.check_whole()?;
+        forget_blocks(file, &header, sparse).await?;
+    }
+    let header = Header::read(file).await?;
     match &header.sparse {
         None => grow_fixed(file, &header, &footer, bytes).await,
         Some(sparse) => {
             let blocks = check_blocks(bytes, sparse.second.block.get())?;
             if blocks > sparse.second.entries.get() {
-                Table::read(file, sparse).await?.grow(&header, blocks).await?;
+                Table::read(file, sparse).await?.grow(&header, bytes, blocks).await?;
             } else {
                 clear_entries(file, sparse, blocks).await?;
             }
+            let header = Header::read(file).await?;
+            if let Some(sparse) = &header.sparse {
+                clear_beyond(file, &header, sparse).await?;
+            }
             // The old copy counts until the last step.
-            let at = Header::read(file).await?.footer_at.unwrap_or(file.size());
+            let at = header.footer_at.unwrap_or(file.size());
             write(file, at, &footer.bytes()).await?;
             file.flush().await?;
             write(file, 0, &footer.bytes()).await?;
@@ -103,6 +114,14 @@ async fn grow_fixed(
     let old = header.footer_at.expect("a fixed image has no other footer");
     let at = old.max(bytes);
     if at > old {
+        // Between the next two steps there is no footer. Then a guest's would count.
+        if Footers::read(file).await?.copy.is_ok_and(|copy| copy.subformat() != Some(Subformat::Fixed)) {
+            return Err(ImageError::Refused(
+                "this fixed image has a disk that begins like a dynamic one. If something interrupted its growth, it could \
+                 be taken for that, and what a guest has written for its header: convert it to a larger image"
+                    .to_owned(),
+            ));
+        }
         lengthen(file, at + SECTOR).await?;
         write(file, at, &header.footer.bytes()).await?;
         file.flush().await?;
@@ -114,6 +133,55 @@ async fn grow_fixed(
     }
     write(file, at, &footer.bytes()).await?;
     Ok(file.flush().await?)
+}
+
+/// Makes zero what the last block has beyond the end of a disk that is to grow: nobody has looked at it so far. All of it,
+/// whatever its bitmap says, for QEMU looks at none.
+async fn clear_beyond(file: &Rc<dyn Storage>, header: &Header, sparse: &Sparse) -> Result<(), ImageError> {
+    let (last, used) = (header.size() / sparse.block(), header.size() % sparse.block());
+    if used == 0 {
+        return Ok(());
+    }
+    let entry = read(file, sparse.second.table_at.get() + last * 4, 4).await?;
+    let entry = entry.first_chunk().map_or(UNUSED, |bytes| u32::from_be_bytes(*bytes));
+    if entry == UNUSED {
+        return Ok(());
+    }
+    let place = u64::from(entry) * SECTOR;
+    let block = Span::new(place, sparse.bitmap() + sparse.block()).expect("below 2^42");
+    if let Some(taken) = sparse.taken.iter().find(|taken| taken.overlaps(block)) {
+        return Err(ImageError::Invalid(format!(
+            "block {last} is at {block:?}, over metadata at {taken:?}: a check says more"
+        )));
+    }
+    // A block that was given a place and nothing else may end behind the file's blocks.
+    let end = header.footer_at.unwrap_or(file.size());
+    let beyond = block.split_at(end).0.split_at(place + sparse.bitmap() + used).1;
+    if !beyond.is_empty() {
+        file.zero(beyond, Zeroing { unmap: true, fast: false }).await?;
+        file.flush().await?;
+    }
+    Ok(())
+}
+
+/// Sees to it that the batmap says nothing of blocks that the disk is to have: nobody has looked at their bits so far. One with
+/// a wrong checksum is left as it is: nobody believes it.
+async fn forget_blocks(file: &Rc<dyn Storage>, header: &Header, sparse: &Sparse) -> Result<(), ImageError> {
+    let Some((at, mut batmap)) = sparse.batmap else {
+        if let Some(at) = sparse.batmap_at.filter(|_| sparse.is_stray) {
+            write(file, at, &[0; batmap::COOKIE.len()]).await?;
+            file.flush().await?;
+        }
+        return Ok(());
+    };
+    let mut map = read(file, batmap.at.get(), batmap.len()).await?;
+    if batmap.fits(&map, header.size()) && Batmap::forget(&mut map, sparse.blocks) {
+        batmap.seal(&map, header.size());
+        write(file, batmap.at.get(), &map).await?;
+        write(file, at, &batmap.bytes()).await?;
+        file.flush().await?;
+    }
+    Ok(())
 }
 
 /// Sees to it that the entries of blocks that the disk is to have are unused: nobody has looked at them so far.
@@ -153,7 +221,7 @@ impl<'a> Table<'a> {
 
     /// Makes room for so many entries. The new table, and the batmap, come behind the metadata that is there; blocks that
     /// are in the way move to the end.
-    async fn grow(mut self, header: &Header, blocks: u32) -> Result<(), ImageError> {
+    async fn grow(mut self, header: &Header, bytes: u64, blocks: u32) -> Result<(), ImageError> {
         let sparse = self.sparse;
         let mut second = sparse.second;
         second.entries = U32::new(blocks);
@@ -164,16 +232,20 @@ impl<'a> Table<'a> {
             clear_entries(self.file, sparse, blocks).await?;
         } else {
             let start = sparse.taken_until();
-            let batmap = sparse.batmap.as_ref().map(|(_, old)| (old, old.moved(start + len, blocks)));
-            let end = batmap.as_ref().map_or(start + len, |(_, new)| new.at.get() + new.len());
+            // Where there is none and blktap looks for one, there is an empty one then, and not what a guest has written.
+            let batmap = sparse.batmap_at.map(|_| match &sparse.batmap {
+                Some((_, old)) => old.moved(start + len, blocks),
+                None => Batmap::new(start + len, blocks),
+            });
+            let end = batmap.as_ref().map_or(start + len, |new| new.at.get() + new.len());
             self.make_way(header, start, end).await?;
             self.entries.resize((len / 4) as usize, UNUSED);
             let table: Vec<u8> = self.entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
             for (number, part) in table.chunks(STEP as usize).enumerate() {
                 write(self.file, start + number as u64 * STEP, part).await?;
             }
-            if let Some((old, new)) = batmap {
-                self.move_batmap(old, new, start + len, header.size()).await?;
+            if let Some(new) = batmap {
+                self.move_batmap(new, start + len, (header.size(), bytes)).await?;
             }
             second.table_at = U64::new(start);
         }
@@ -184,14 +256,18 @@ impl<'a> Table<'a> {
         Ok(self.file.flush().await?)
     }
 
-    async fn move_batmap(&self, old: &Batmap, mut new: Batmap, at: u64, size: u64) -> Result<(), ImageError> {
-        let map = read(self.file, old.at.get(), old.len()).await?;
-        let fits = old.fits(&map, size);
+    /// Writes the batmap once more, its header at byte `at`, for a disk that has the second of the sizes instead of the first.
+    async fn move_batmap(&self, mut new: Batmap, at: u64, sizes: (u64, u64)) -> Result<(), ImageError> {
         let mut bytes = vec![0; new.len() as usize];
-        // What its checksum does not cover is nothing; a damaged one says nothing.
-        let counted = if fits { (self.sparse.blocks as usize).div_ceil(8).min(map.len()) } else { 0 };
-        bytes[..counted].copy_from_slice(&map[..counted]);
-        new.seal(&bytes);
+        if let Some((_, old)) = &self.sparse.batmap {
+            let map = read(self.file, old.at.get(), old.len()).await?;
+            // A damaged one says nothing.
+            if old.fits(&map, sizes.0) {
+                let len = (self.sparse.blocks as usize).div_ceil(8).min(map.len());
+                bytes[..len].copy_from_slice(&map[..len]);
+            }
+        }
+        new.seal(&bytes, sizes.1);
         write(self.file, new.at.get(), &bytes).await?;
         Ok(write(self.file, at, &new.bytes()).await?)
     }

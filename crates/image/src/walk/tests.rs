@@ -47,8 +47,9 @@ impl Folder {
 
     /// The names of files from the top down with their formats, or why not.
     fn walk(&self, name: &str, change: impl FnOnce(&mut Options)) -> Result<Vec<String>, String> {
-        let file =
-            file::Options { read_only: true, wait: std::time::Duration::ZERO, ..file::Options::default() };
+        // A lock outlives its file for a moment: other tests fork, and rings end late.
+        let wait = std::time::Duration::from_secs(1);
+        let file = file::Options { read_only: true, wait, ..file::Options::default() };
         let mut options = Options { file, ..Options::default() };
         change(&mut options);
         // One of its own: with it all files are closed again.
@@ -175,6 +176,35 @@ fn a_hostile_image_opens_nothing_but_its_neighbours() {
     // Each image of a chain is held to the same.
     folder.over("over.qcow2", "top.qcow2", Some("qcow2"));
     folder.refused("over.qcow2", plain, &["/top.qcow2 names the backing file \"/etc/passwd\""]);
+}
+
+#[test]
+fn a_folder_that_becomes_a_link_before_the_file_is_opened_leads_nowhere_else() {
+    let folder = Folder::new();
+    std::fs::create_dir_all(folder.path("vm/old")).unwrap();
+    std::fs::create_dir(folder.path("secrets")).unwrap();
+    for name in ["vm/top.raw", "vm/old/base.raw", "secrets/base.raw"] {
+        folder.raw(name);
+    }
+    let pool = block::Pool::new(4096);
+    let uring = runtime::Uring::open(runtime::RingFlags::Auto, &pool).unwrap();
+    let runtime = runtime::Runtime::new(Box::new(uring), pool);
+    let handle = runtime.handle().clone();
+    let file = file::Options { read_only: true, ..file::Options::default() };
+    let options = Options { file, format: Some(Format::Raw), ..Options::default() };
+    let result = runtime.block_on(async move {
+        let top = hold(&handle, &folder.path("vm/top.raw"), &options.file).await.unwrap();
+        let allowed = Allowed::new(&top.path, false, &[]).unwrap();
+        let mut walk = Walk { handle: &handle, options: &options, allowed, layers: Vec::new() };
+        walk.take(top, Format::Raw).await.unwrap();
+        let place = walk.follow("old/base.raw", Role::Backing).unwrap();
+        walk.hold(&place, "old/base.raw", Role::Backing, true).await.unwrap();
+        std::fs::rename(folder.path("vm/old"), folder.path("vm/older")).unwrap();
+        std::os::unix::fs::symlink(folder.path("secrets"), folder.path("vm/old")).unwrap();
+        let held = walk.hold(&place, "old/base.raw", Role::Backing, true).await;
+        held.map(|held| held.path).map_err(|error| error.to_string())
+    });
+    assert!(result.as_ref().is_err_and(|error| error.contains("exchanged meanwhile")), "{result:?}");
 }
 
 #[test]

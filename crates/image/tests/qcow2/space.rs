@@ -175,3 +175,66 @@ fn a_broken_compressed_cluster_is_an_error_and_can_be_overwritten() {
         });
     }
 }
+
+/// An image of QEMU's whose disk of 1 MiB is full of sevens, and whose header then says that it is smaller.
+fn cut_short(dir: &std::path::Path, options: &str, compressed: bool, snapshot: bool) -> Rc<dyn Storage> {
+    let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+    let (raw, image) = (path("raw"), path("image"));
+    std::fs::write(&raw, vec![7; 1 << 20]).unwrap();
+    let mut convert = vec!["convert", "-f", "raw", "-O", "qcow2", "-o", options];
+    if compressed {
+        convert.push("-c");
+    }
+    convert.extend([&raw[..], &image]);
+    qemu_img(&convert);
+    if snapshot {
+        qemu_img(&["snapshot", "-c", "one", &image]);
+    }
+    let mut content = std::fs::read(&image).unwrap();
+    content[24..32].copy_from_slice(&300_032_u64.to_be_bytes());
+    ram(&content)
+}
+
+#[test]
+fn what_others_have_left_beyond_a_disk_never_shows_when_it_grows() {
+    let dir = scratch();
+    for (options, compressed, snapshot) in [
+        ("cluster_size=65536", false, false),
+        ("cluster_size=65536", true, false),
+        ("cluster_size=65536", false, true),
+        ("cluster_size=4096,compat=0.10", false, true),
+        ("cluster_size=512", true, true),
+        ("cluster_size=16384,extended_l2=on", false, true),
+        ("cluster_size=2M", true, true),
+    ] {
+        let runtime = runtime();
+        let handle = runtime.handle().clone();
+        let file = cut_short(dir.path(), options, compressed, snapshot);
+        let saved = dir.path().join("saved");
+        let grown = runtime.block_on(async move {
+            let chain = Chain::new(&handle, open(&handle, &file).await);
+            assert_eq!(chain.size(), 300_032);
+            for size in [300_545, 700_000, 1 << 20] {
+                chain.resize(size).await.unwrap();
+                let size = size.next_multiple_of(512);
+                assert_eq!(chain.size(), size, "in whole sectors");
+                let buf = Buf::zeroed(size as usize);
+                buf.fill(0xa5);
+                chain.read(0, buf.clone()).await.unwrap();
+                let found = buf.to_vec();
+                assert!(found[..300_032].iter().all(|byte| *byte == 7), "{options}: what was there is gone");
+                assert!(found[300_032..].iter().all(|byte| *byte == 0), "{options}: old bytes show");
+            }
+            chain.close().await.unwrap();
+            file
+        });
+        save(&grown, &saved);
+        assert_eq!(qemu_check(&saved)["code"], 0, "{options}");
+        if snapshot {
+            let (image, raw) = (saved.to_str().unwrap(), dir.path().join("kept"));
+            qemu_img(&["convert", "-l", "one", "-f", "qcow2", "-O", "raw", image, raw.to_str().unwrap()]);
+            let kept = std::fs::read(raw).unwrap();
+            assert!(kept == vec![7; kept.len()] && kept.len() == 1 << 20, "{options}: the snapshot changed");
+        }
+    }
+}

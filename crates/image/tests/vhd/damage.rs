@@ -111,6 +111,10 @@ fn a_guest_cannot_make_a_fixed_image_another_one() {
         let header = Header::read(&ram).await.unwrap();
         assert_eq!(header.subformat(), Subformat::Fixed);
         assert!(header.backing().is_none());
+        // While it grows there is a moment without a footer, in which the guest's would count.
+        let error = vhd::resize(&ram, 2 * MIB).await.unwrap_err();
+        assert!(error.to_string().contains("begins like a dynamic one"), "{error}");
+        assert_eq!(ram.size(), MIB + 512);
         // The same in the last sector of a dynamic image that is cut off there.
         let (dynamic, _) = sample(&handle, Create { size: 3 * MIB, ..Create::default() }).await;
         let mut bytes = contents(&dynamic).await;
@@ -118,6 +122,149 @@ fn a_guest_cannot_make_a_fixed_image_another_one() {
         bytes[last..].copy_from_slice(&trap[..512]);
         let header = Header::read(&stored(&bytes).await).await.unwrap();
         assert_eq!(header.subformat(), Subformat::Dynamic);
+    });
+}
+
+/// A dynamic image that lost its footer, as blktap leaves one when its host dies: its last sector is a guest's, with these bytes.
+/// That is byte 4 MiB - 512 of the disk.
+async fn with_last_sector(handle: &Handle, sector: &[u8]) -> Vec<u8> {
+    let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+    vhd::create(&ram, &Create { size: 4 * MIB, ..Create::default() }).await.unwrap();
+    let disk = Chain::new(handle, Rc::new(open_image(handle, ram.clone(), true).await.unwrap()));
+    for at in [0, 4 * MIB - 512] {
+        disk.write(at, Buf::from_bytes(sector)).await.unwrap();
+    }
+    disk.close().await.unwrap();
+    let mut bytes = contents(&ram).await;
+    bytes.truncate(bytes.len() - 512);
+    assert_eq!(&bytes[bytes.len() - 512..], sector);
+    bytes
+}
+
+async fn footer_of_another(subformat: Subformat) -> Vec<u8> {
+    let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+    vhd::create(&ram, &Create { size: 4 * MIB, subformat, ..Create::default() }).await.unwrap();
+    let bytes = contents(&ram).await;
+    bytes[bytes.len() - 512..].to_vec()
+}
+
+#[test]
+fn a_guest_cannot_make_an_image_that_lost_its_footer_a_fixed_one() {
+    run(async |handle| {
+        let footer = footer_of_another(Subformat::Fixed).await;
+        let mut bytes = with_last_sector(&handle, &footer).await;
+        let error = Header::read(&stored(&bytes).await).await.unwrap_err();
+        assert!(error.to_string().contains("written by a guest"), "{error}");
+        // As it says.
+        bytes.extend([0; 512]);
+        let ram = stored(&bytes).await;
+        let disk = Chain::new(&handle, Rc::new(open_image(&handle, ram.clone(), true).await.unwrap()));
+        assert_eq!(all_of(&disk).await[4 * 1024 * 1024 - 512..], footer);
+        disk.close().await.unwrap();
+        judge(&contents(&ram).await);
+    });
+}
+
+#[test]
+fn what_a_guest_wrote_to_the_last_sector_is_no_footer_to_be_cleared() {
+    run(async |handle| {
+        let footer = footer_of_another(Subformat::Dynamic).await;
+        let bytes = with_last_sector(&handle, &footer).await;
+        let ram = stored(&bytes).await;
+        let report = vhd::check(&ram, Repair::All).await.unwrap();
+        assert!(report.is_safe(), "{report:?}");
+        for ram in [ram, stored(&bytes).await] {
+            for writable in [false, true] {
+                let image = open_image(&handle, ram.clone(), writable).await.unwrap();
+                let disk = Chain::new(&handle, Rc::new(image));
+                assert_eq!(all_of(&disk).await[4 * 1024 * 1024 - 512..], footer, "{writable}");
+                disk.close().await.unwrap();
+            }
+            judge(&contents(&ram).await);
+        }
+    });
+}
+
+#[test]
+fn a_guest_cannot_write_the_name_of_the_image_below_behind_the_end_of_a_file_that_was_cut_off() {
+    run(async |handle| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        let parent =
+            Parent { name: "./base.raw".to_owned(), unique_id: None, changed: std::time::UNIX_EPOCH };
+        let create = Create {
+            size: 4 * MIB,
+            subformat: Subformat::Differencing,
+            parent: Some(parent),
+            ..Create::default()
+        };
+        vhd::create(&ram, &create).await.unwrap();
+        let mut bytes = contents(&ram).await;
+        // The locators are the last thing before the footer, a sector each. Of the first one there is a half.
+        bytes.truncate(1536 + 512 + 1024 + 256);
+        let ram = stored(&bytes).await;
+        let image = open_image(&handle, ram.clone(), false).await.unwrap();
+        assert_eq!(image.size(), 4 * MIB, "it can be read");
+        let error = open_image(&handle, ram.clone(), true).await.err().unwrap();
+        assert!(error.to_string().contains("parent locator"), "{error}");
+        let error = vhd::resize(&ram, 8 * MIB).await.unwrap_err();
+        assert!(error.to_string().contains("parent locator"), "{error}");
+        assert_eq!(vhd::check(&ram, Repair::Leaks).await.unwrap().corruptions, 3);
+        assert_eq!(contents(&ram).await, bytes);
+        assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().corruptions_fixed, 3);
+        assert!(vhd::check(&ram, Repair::No).await.unwrap().is_safe());
+        let disk = over(&handle, ram.clone(), true).await;
+        disk.write(0, Buf::from_bytes(&b"file:///etc/shadow".repeat(200_000))).await.unwrap();
+        disk.close().await.unwrap();
+        let names = Header::read(&ram).await.unwrap().backing().unwrap();
+        assert_eq!((names.name.as_str(), names.others.len()), ("base.raw", 0), "what the header itself says");
+    });
+}
+
+#[test]
+fn where_blktap_looks_for_a_batmap_a_guest_has_no_say() {
+    run(async |handle| {
+        // Images of its version 1.1 may have none.
+        let mut bytes = empty(2 << 20, true).await;
+        let table_end = 1536 + 512;
+        bytes[table_end..table_end + 512].fill(0);
+        let last = bytes.len() - 512;
+        for at in [0, last] {
+            bytes[at + 32..at + 36].copy_from_slice(&[0, 1, 0, 1]);
+            seal(&mut bytes, at);
+        }
+        // Nor locators.
+        bytes[512 + 576..512 + 576 + 8 * 24].fill(0);
+        bytes[512 + 36..512 + 40].fill(0);
+        let sum = !bytes[512..1536].iter().map(|byte| u32::from(*byte)).sum::<u32>();
+        bytes[512 + 36..512 + 40].copy_from_slice(&sum.to_be_bytes());
+        bytes.truncate(table_end);
+        let ram = stored(&bytes).await;
+        let disk = over(&handle, ram.clone(), true).await;
+        disk.write(0, Buf::from_bytes(&vec![7; 1 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        vhd::resize(&ram, 40 << 30).await.unwrap();
+        let bytes = contents(&ram).await;
+        assert!(bytes[table_end..table_end + 512].iter().all(|byte| *byte == 0 || *byte == 0xff));
+        judge(&bytes);
+        assert!(vhd::check(&ram, Repair::No).await.unwrap().is_safe());
+    });
+}
+
+#[test]
+fn a_batmap_that_says_it_is_huge_is_done_without() {
+    let folder = folder();
+    let path = folder.path().join("a.vhd");
+    make(&path, Create { size: 5 * MIB, ..Create::default() }).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    // 1 TiB, all of which the file has.
+    bytes[1536 + 512 + 16..1536 + 512 + 20].copy_from_slice(&(1_u32 << 31).to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((1 << 40) + (1 << 20)).unwrap();
+    run(async move |handle| {
+        let storage = file(&handle, &path);
+        let header = Header::read(&storage).await.unwrap();
+        assert!(header.notes().iter().any(|note| note.contains("done without")), "{:?}", header.notes());
+        assert!(vhd::check(&storage, Repair::No).await.unwrap().is_safe());
     });
 }
 

@@ -1,5 +1,6 @@
 //! VHD images against QEMU's programs, against the specification, and against a model.
 
+mod blktap;
 mod damage;
 mod model;
 mod power;
@@ -63,7 +64,7 @@ fn bytes_by_qemu(path: &Path) -> Vec<u8> {
 }
 
 fn file(handle: &Handle, path: &Path) -> Rc<dyn Storage> {
-    let options = Options { create: Some(0), wait: Duration::ZERO, ..Options::default() };
+    let options = Options { create: Some(0), wait: Duration::from_secs(1), ..Options::default() };
     if !path.exists() {
         std::fs::write(path, b"").unwrap();
     }

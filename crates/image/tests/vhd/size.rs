@@ -70,6 +70,112 @@ fn images_of_qemu_grow_too() {
     }
 }
 
+/// A disk of 1 MiB in one block of 2 MiB, of which the file has all; then the footer says that it has 600 KiB and a half.
+async fn cut(handle: &Handle, subformat: Subformat) -> Vec<u8> {
+    let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+    let parent = Parent { name: "x".to_owned(), unique_id: None, changed: std::time::UNIX_EPOCH };
+    let parent = (subformat == Subformat::Differencing).then_some(parent);
+    let create = Create { size: MIB, subformat, parent, ..Create::default() };
+    vhd::create(&ram, &create).await.unwrap();
+    let disk = Chain::new(handle, Rc::new(open_image(handle, ram.clone(), true).await.unwrap()));
+    disk.write(0, Buf::from_bytes(&vec![5; 1 << 20])).await.unwrap();
+    disk.close().await.unwrap();
+    let mut bytes = contents(&ram).await;
+    let last = bytes.len() - 512;
+    for at in [0, last] {
+        if bytes[at..].starts_with(b"conectix") {
+            bytes[at + 48..at + 56].copy_from_slice(&(600 * 1024 + 512_u64).to_be_bytes());
+            seal(&mut bytes, at);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn what_the_file_has_beyond_the_end_of_a_disk_does_not_show_when_it_grows() {
+    run(async |handle| {
+        for subformat in [Subformat::Fixed, Subformat::Dynamic, Subformat::Differencing] {
+            for (is_in_use, size) in [(false, MIB), (false, 3 * MIB), (true, MIB), (true, 3 * MIB)] {
+                let ram = stored(&cut(&handle, subformat).await).await;
+                if !is_in_use {
+                    vhd::resize(&ram, size).await.unwrap();
+                }
+                let disk =
+                    Chain::new(&handle, Rc::new(open_image(&handle, ram.clone(), true).await.unwrap()));
+                if is_in_use {
+                    assert_eq!(disk.size(), 600 * 1024 + 512);
+                    disk.resize(size).await.unwrap();
+                }
+                let bytes = all_of(&disk).await;
+                let (old, new) = bytes.split_at(600 * 1024 + 512);
+                assert!(old.iter().all(|byte| *byte == 5), "{subformat:?} {is_in_use} {size}");
+                assert!(new.iter().all(|byte| *byte == 0), "{subformat:?} {is_in_use} {size}");
+                disk.close().await.unwrap();
+                judge(&contents(&ram).await);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_batmap_says_nothing_of_blocks_that_are_new() {
+    run(async |handle| {
+        // The table stays, grows within its sector, and moves.
+        for size in [11 * MIB, 40 * MIB, 40 << 30] {
+            let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+            vhd::create(&ram, &Create { size: 5 * MIB, ..Create::default() }).await.unwrap();
+            let disk = Chain::new(&handle, Rc::new(open_image(&handle, ram.clone(), true).await.unwrap()));
+            disk.write(0, Buf::from_bytes(&vec![5; 2 << 20])).await.unwrap();
+            disk.close().await.unwrap();
+            let mut bytes = contents(&ram).await;
+            // Full are the first block, and some that the disk has not.
+            let map = 1536 + 512 + 512;
+            bytes[map] = 0x9f;
+            bytes[map + 1..map + 512].fill(0x11);
+            let sum = !(0x9f + 511 * 0x11_u32);
+            bytes[map - 512 + 24..map - 512 + 28].copy_from_slice(&sum.to_be_bytes());
+            let ram = stored(&bytes).await;
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_clean());
+            vhd::resize(&ram, size).await.unwrap();
+            let report = vhd::check(&ram, Repair::No).await.unwrap();
+            assert!(report.is_safe(), "{report:?}");
+            let bytes = contents(&ram).await;
+            judge(&bytes);
+            let number = |at: usize, len: usize| {
+                bytes[at..at + len].iter().fold(0usize, |sum, byte| sum << 8 | usize::from(*byte))
+            };
+            let head = number(512 + 16, 8) + (number(512 + 28, 4) * 4).next_multiple_of(512);
+            assert_eq!(bytes[head..head + 8], *b"tdbatmap");
+            assert_eq!(bytes[number(head + 8, 8)], 0x80, "it still says that the first block is full");
+        }
+    });
+}
+
+#[test]
+fn a_disk_does_not_grow_over_what_a_longer_one_below_it_has() {
+    run(async |handle| {
+        let ram = stored(&cut(&handle, Subformat::Differencing).await).await;
+        // That one has 1 MiB.
+        let disk = over(&handle, ram.clone(), true).await;
+        let error = disk.resize(2 * MIB).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::EOPNOTSUPP);
+        assert!(error.to_string().contains("convert"), "{error}");
+        assert_eq!(
+            (disk.size(), Header::read(&ram).await.unwrap().size()),
+            (600 * 1024 + 512, 600 * 1024 + 512)
+        );
+        // Where it has as much as the disk, zeroes follow it.
+        let ram: Rc<dyn Storage> = stored(&empty(4096, true).await).await;
+        let disk = over(&handle, ram, true).await;
+        disk.resize(2 * MIB).await.unwrap();
+        let bytes = all_of(&disk).await;
+        assert!(
+            bytes[..1 << 20].iter().all(|byte| *byte == 0x77)
+                && bytes[1 << 20..].iter().all(|byte| *byte == 0)
+        );
+    });
+}
+
 #[test]
 fn an_image_in_use_grows_as_far_as_its_table_goes() {
     run(async |handle| {

@@ -143,6 +143,8 @@ pub enum Allocate {
     PunchHole,
     /// FALLOC_FL_ZERO_RANGE: zeroes, with space for them.
     ZeroRange,
+    /// No flag: space behind what has none. No byte changes.
+    Reserve,
 }
 
 impl Allocate {
@@ -151,6 +153,7 @@ impl Allocate {
         match self {
             Allocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             Allocate::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Allocate::Reserve => libc::FALLOC_FL_KEEP_SIZE,
         }
     }
 }

@@ -256,7 +256,7 @@ impl Image for Toy {
             }
             let keep = Some(Box::new((cluster, place)) as Box<dyn std::any::Any>);
             let after = CLUSTER - skip - len;
-            Ok(Placement { at: place + skip, len, before: skip, after, blank, keep })
+            Ok(Placement { at: place + skip, len, before: skip, after, blank, pin: None, keep })
         })
     }
 

@@ -59,6 +59,7 @@ pub struct File {
     /// Whether the file system punches holes, as far as we know; likewise for zeroing ranges.
     can_punch: Cell<bool>,
     can_zero: Cell<bool>,
+    can_reserve: Cell<bool>,
 }
 
 /// A file in parts, for those that do not come from [`open`]: simulated ones.
@@ -122,6 +123,7 @@ impl File {
             sync: Sync::default(),
             can_punch: Cell::new(true),
             can_zero: Cell::new(true),
+            can_reserve: Cell::new(true),
         }
     }
 
@@ -320,6 +322,7 @@ impl File {
                     let doing = match mode {
                         Allocate::PunchHole => "punch a hole of",
                         Allocate::ZeroRange => "zero",
+                        Allocate::Reserve => "reserve",
                     };
                     let (len, at) = (span.len(), span.at());
                     return Err(Error::new(errno, format!("{doing} {len} bytes at {at} of {}", self.name)));
@@ -350,6 +353,16 @@ impl File {
             self.write_bytes(piece, &zeroes.slice(0, piece.len() as usize)).await?;
         }
         Ok(())
+    }
+
+    async fn reserve_space(&self, span: Span) -> Result<()> {
+        if self.can_reserve.get() && !self.is_block_device {
+            if self.allocate(Allocate::Reserve, span).await? {
+                return Ok(());
+            }
+            self.can_reserve.set(false);
+        }
+        Err(Error::new(Errno::EOPNOTSUPP, format!("reserve space in {}", self.name)))
     }
 
     async fn find_runs(&self, span: Span) -> Result<Vec<Run>> {
@@ -513,6 +526,14 @@ impl Storage for File {
             self.set_size(bytes)
                 .await
                 .map_err(|error| error.during(format_args!("make {} {bytes} bytes long", self.name)))
+        })
+    }
+
+    fn reserve(&self, span: Span) -> Io<'_> {
+        Box::pin(async move {
+            self.check_writable()?;
+            let _changed = self.sync.changing();
+            self.reserve_space(span).await
         })
     }
 

@@ -58,7 +58,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// There is no such file.
-    #[error("{} does not exist; `--create SIZE` makes a sparse image of that size", .0.display())]
+    #[error("{} does not exist; `tapdisk create` makes an image, `tapdisk serve --create SIZE` a sparse one", .0.display())]
     Missing(PathBuf),
     /// Neither a file nor a block device.
     #[error("{} is {found}: expected a regular file or a block device", path.display())]
@@ -69,7 +69,7 @@ pub enum OpenError {
         found: &'static str,
     },
     /// No byte to serve.
-    #[error("{} is empty: expected an image; `--create SIZE` makes it a sparse one of that size", .0.display())]
+    #[error("{} is empty: expected an image; `tapdisk create` makes one, `tapdisk serve --create SIZE` a sparse one", .0.display())]
     Empty(PathBuf),
     /// Short transfers are not continued where they stopped.
     #[error(

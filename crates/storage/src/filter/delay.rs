@@ -84,6 +84,10 @@ impl Storage for Delay {
         self.below.resize(bytes)
     }
 
+    fn reserve(&self, span: Span) -> Io<'_> {
+        self.below.reserve(span)
+    }
+
     fn poison(&self) -> Option<Error> {
         self.below.poison()
     }

@@ -92,6 +92,10 @@ impl Storage for Fault {
         self.below.resize(bytes)
     }
 
+    fn reserve(&self, span: Span) -> Io<'_> {
+        self.below.reserve(span)
+    }
+
     fn poison(&self) -> Option<Error> {
         self.poison.borrow().clone().or_else(|| self.below.poison())
     }

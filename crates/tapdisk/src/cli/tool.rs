@@ -56,7 +56,7 @@ pub(crate) struct Create {
 
     /// The image to make, or a block device to make it on
     #[arg(value_hint = ValueHint::FilePath)]
-    pub(crate) file: PathBuf,
+    pub(crate) file: Option<PathBuf>,
 
     /// Bytes of the disk, as in 10G [default: as the image below]
     #[arg(value_parser = size::parse)]
@@ -128,7 +128,7 @@ pub(crate) struct Convert {
     pub(crate) source_cache: Cache,
 
     /// How the host's page cache is used for DST, which is durable at the end in any case
-    #[arg(short = 't', long, value_enum, value_name = "CACHE", default_value_t = Cache::Buffered)]
+    #[arg(short = 't', long, value_enum, value_name = "CACHE", default_value_t = Cache::Direct)]
     pub(crate) target_cache: Cache,
 
     #[command(flatten)]
@@ -161,8 +161,8 @@ pub(crate) struct Resize {
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
 
-    /// The new size, or with a `+` what is added
-    #[arg(value_name = "[+]SIZE", value_parser = NewSize::from_str)]
+    /// The new size; with a `+` what is added, with a `-` what is taken away (`--shrink FILE -- -1G`)
+    #[arg(value_name = "[+|-]SIZE", value_parser = NewSize::from_str)]
     pub(crate) size: NewSize,
 }
 
@@ -378,15 +378,18 @@ pub(crate) enum NewSize {
     Exactly(u64),
     /// So many bytes more than now.
     More(u64),
+    /// So many bytes less than now.
+    Less(u64),
 }
 
 impl FromStr for NewSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<NewSize, String> {
-        match text.strip_prefix('+') {
-            Some(more) => size::parse(more).map(NewSize::More),
-            None => size::parse(text).map(NewSize::Exactly),
+        match (text.strip_prefix('+'), text.strip_prefix('-')) {
+            (Some(more), _) => size::parse(more).map(NewSize::More),
+            (None, Some(less)) => size::parse(less).map(NewSize::Less),
+            (None, None) => size::parse(text).map(NewSize::Exactly),
         }
     }
 }
@@ -442,6 +445,9 @@ mod tests {
         assert!(info.output.is_json() && info.chain);
         let Ok(Tool::Resize(resize)) = tool(&["resize", "a", "+1G"]) else { panic!() };
         assert_eq!(resize.size, NewSize::More(1 << 30));
+        let Ok(Tool::Resize(resize)) = tool(&["resize", "--shrink", "a", "--", "-1G"]) else { panic!() };
+        assert_eq!(resize.size, NewSize::Less(1 << 30));
+        assert!(matches!(tool(&["create", "-f", "vhd", "-o", "help"]), Ok(Tool::Create(_))));
     }
 
     #[test]

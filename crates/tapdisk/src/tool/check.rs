@@ -3,17 +3,14 @@
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use anyhow::{Context, bail};
-use image::metadata::{Ledger, LedgerFile};
-use image::probe::{self, Look};
+use anyhow::Context;
 use image::{Format, Report, qcow, qcow2, vhd};
 use runtime::Handle;
 use storage::Storage;
-use storage::file::{self, File, Records};
+use storage::file::{self, File};
 
 use super::disk::{Access, Asked};
 use crate::cli::tool::{Check, Repair};
-use crate::state;
 
 /// Exit statuses, as those of qemu-img.
 const FAILED: u8 = 1;
@@ -28,11 +25,10 @@ pub(super) async fn run(handle: &Handle, arguments: &Check) -> anyhow::Result<Ex
     // Not by way of its header, which a check may find fault with.
     let opened = file::open(&source.file, &asked.file()?)?;
     let is_block_device = opened.is_block_device;
-    if let Some(records) = state::records(source.places.state_dir.as_ref(), true)? {
-        refuse_pending(&records, &opened, asked)?;
-    }
+    // A check would take what is not in the image yet for leaks.
+    asked.refuse_pending(&opened)?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
-    let format = format_of(asked, &file, is_block_device).await?;
+    let format = asked.format_of(&file, is_block_device).await?;
     let repair = match arguments.repair {
         None => image::Repair::No,
         Some(Repair::Leaks) => image::Repair::Leaks,
@@ -61,43 +57,6 @@ pub(super) async fn run(handle: &Handle, arguments: &Check) -> anyhow::Result<Ex
     };
     crate::print(text.as_bytes())?;
     Ok(status(&report))
-}
-
-/// What a server that died has not put into the image a check would take for leaks.
-fn refuse_pending(records: &Records, opened: &file::Opened, asked: Asked<'_>) -> anyhow::Result<()> {
-    let path = asked.path.display();
-    let record = records.of(&opened.file, asked.path).with_context(|| format!("cannot look at {path}"))?;
-    let failed = || format!("cannot read the ledger of {path}");
-    let changes = LedgerFile::open(&record).with_context(failed)?.changes().with_context(failed)?;
-    if !changes.is_empty() {
-        bail!(
-            "{path}: a tapdisk that wrote it died, and {} changes of its map that guests were answered for are not in it yet. \
-             Serve it once so that they are written, and stop that in order; then check it",
-            changes.len()
-        );
-    }
-    Ok(())
-}
-
-async fn format_of(
-    asked: Asked<'_>,
-    file: &Rc<dyn Storage>,
-    is_block_device: bool,
-) -> anyhow::Result<Format> {
-    if let Some(format) = asked.format {
-        return Ok(format);
-    }
-    if probe::is_raw_by_name(asked.path, is_block_device) {
-        return Ok(Format::Raw);
-    }
-    let path = asked.path.display();
-    match probe::look(file).await.with_context(|| format!("cannot look at {path}"))? {
-        Look::Of(format) => Ok(format),
-        Look::Foreign(name) => bail!("{path} looks like {name}, which tapdisk does not know"),
-        Look::Nothing => {
-            bail!("{path} begins like no image that tapdisk knows: say with -f which it should be")
-        }
-    }
 }
 
 fn status(report: &Report) -> ExitCode {

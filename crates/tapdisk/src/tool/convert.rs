@@ -17,10 +17,22 @@ use super::plan::Plan;
 use super::progress::Progress;
 use super::target::{self, Target};
 use crate::cli::tool::{Cache, Convert};
+use crate::state;
 
 pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<()> {
     let format = arguments.output_format;
-    let Some(plan) = Plan::new(format, &arguments.options)? else { return Ok(()) };
+    let Some(mut plan) = Plan::new(format, &arguments.options)? else { return Ok(()) };
+    if plan.data_file().is_some() {
+        bail!("-o data_file is for `tapdisk create`; then `qemu-img convert -n` fills it");
+    }
+    if let (Some(name), _) = plan.backing(None, None)? {
+        bail!(
+            "a copy has all the bytes of the disk itself: `tapdisk create -b {name}` makes an image over another"
+        );
+    }
+    if plan.size()?.is_some() {
+        bail!("-o size: a copy is as large as the disk; `tapdisk resize` makes it larger");
+    }
     if arguments.compress && format != Format::Qcow2 {
         bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
     }
@@ -59,45 +71,47 @@ async fn copy(
     let from: Rc<dyn Storage> = source.chain.clone();
     let watch: Rc<dyn Watch> = Rc::new(Progress::new(from.size(), arguments.progress)?);
     let format = plan.format();
-    plan.make(&file, from.size(), None).await?;
+    plan.make(&file, from.size(), None, None).await?;
     if arguments.compress {
         return Ok(tool::pack(handle, &from, &file, &watch).await?);
     }
-    let (image, unit) = open_new(handle, file, format).await?;
+    let (image, unit, alone) = open_new(handle, file, format).await?;
     let to = Rc::new(Chain::new(handle, image));
     if to.size() < from.size() {
         let (there, needed) = (to.size(), from.size());
         bail!("{} has {there} bytes, the disk {needed}", arguments.target.display());
     }
-    let how = tool::Convert { unit, blank: target.is_file() || format != Format::Raw };
+    let how = tool::Convert { unit, alone, blank: target.is_file() || format != Format::Raw };
     let storage: Rc<dyn Storage> = to.clone();
     tool::convert(handle, &from, &storage, how, &watch).await?;
     to.close().await.map_err(ToolError::Target)?;
     Ok(())
 }
 
-/// Opens an image that was just made; also how many bytes it allocates as one.
+/// Opens an image that was just made; also how many bytes it allocates as one, and in how many there is one first write at a
+/// time.
 async fn open_new(
     handle: &Handle,
     file: Rc<dyn Storage>,
     format: Format,
-) -> anyhow::Result<(Rc<dyn Image>, u64)> {
+) -> anyhow::Result<(Rc<dyn Image>, u64, u64)> {
     let settings = Settings { writable: true, ..Settings::default() };
     Ok(match format {
-        Format::Raw => (Rc::new(Raw::new(file)), 4096),
+        Format::Raw => (Rc::new(Raw::new(file)), 4096, 4096),
         Format::Qcow => {
             let header = qcow::Header::read(&file).await?;
             let unit = header.cluster_size().into();
-            (Rc::new(qcow::Qcow::open(handle, header, file, settings).await?), unit)
+            (Rc::new(qcow::Qcow::open(handle, header, file, settings).await?), unit, unit)
         }
         Format::Qcow2 => {
             let header = qcow2::Header::read(&file).await?;
             let unit = header.cluster_size();
-            (Rc::new(qcow2::Qcow2::open(handle, header, file, None, settings).await?), unit)
+            (Rc::new(qcow2::Qcow2::open(handle, header, file, None, settings).await?), unit, unit)
         }
         Format::Vhd => {
             let header = vhd::Header::read(&file).await?;
-            (Rc::new(vhd::Vhd::open(handle, header, file, settings).await?), 4096)
+            let alone = header.block().unwrap_or(4096);
+            (Rc::new(vhd::Vhd::open(handle, header, file, settings).await?), 4096, alone)
         }
     })
 }
@@ -105,9 +119,9 @@ async fn open_new(
 /// Writing an image while it is read would lose what is behind the reader.
 fn refuse_own_source(source: &Disk, target: &Path) -> anyhow::Result<()> {
     let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
-    for layer in &source.layers {
-        let image = std::fs::metadata(&layer.file.path)
-            .with_context(|| format!("cannot look at {}", layer.file.path.display()))?;
+    for file in source.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
+        let image = std::fs::metadata(&file.path)
+            .with_context(|| format!("cannot look at {}", file.path.display()))?;
         if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
             bail!("{} is what is to be copied: give the copy another name", target.display());
         }

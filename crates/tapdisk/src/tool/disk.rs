@@ -1,14 +1,17 @@
 //! A disk that a tool works on: the image, open, and those below it.
 
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use block::Error;
-use image::metadata::LedgerFile;
+use image::metadata::{Ledger, LedgerFile};
+use image::probe::{self, Look};
 use image::{Chain, Format, Header, Layer, vhd, walk};
 use runtime::Handle;
+use storage::Storage;
 use storage::file::{self, Cache};
 
 use crate::cli::tool::Places;
@@ -59,6 +62,51 @@ impl<'a> Asked<'a> {
         let read_only = self.access != Access::Write;
         let records = state::records(self.places.state_dir.as_ref(), true)?;
         Ok(file::Options { read_only, cache: self.cache, create: None, wait: Duration::ZERO, records })
+    }
+
+    /// Of which format a file is that was opened without regard to its header.
+    ///
+    /// # Errors
+    /// It is not said, and not to be seen.
+    pub(super) async fn format_of(
+        &self,
+        file: &Rc<dyn Storage>,
+        is_block_device: bool,
+    ) -> anyhow::Result<Format> {
+        if let Some(format) = self.format {
+            return Ok(format);
+        }
+        if probe::is_raw_by_name(self.path, is_block_device) {
+            return Ok(Format::Raw);
+        }
+        let path = self.path.display();
+        match probe::look(file).await.with_context(|| format!("cannot look at {path}"))? {
+            Look::Of(format) => Ok(format),
+            Look::Foreign(name) => bail!("{path} looks like {name}, which tapdisk does not know"),
+            Look::Nothing => {
+                bail!("{path} begins like no image that tapdisk knows: say with -f which it should be")
+            }
+        }
+    }
+
+    /// Refuses an image that lacks what its server, which has died, has noted for a successor.
+    ///
+    /// # Errors
+    /// It does, or that cannot be found out.
+    pub(super) fn refuse_pending(&self, opened: &file::Opened) -> anyhow::Result<()> {
+        let Some(records) = state::records(self.places.state_dir.as_ref(), true)? else { return Ok(()) };
+        let path = self.path.display();
+        let record = records.of(&opened.file, self.path).with_context(|| format!("cannot look at {path}"))?;
+        let failed = || format!("cannot read the ledger of {path}");
+        let changes = LedgerFile::open(&record).with_context(failed)?.changes().with_context(failed)?;
+        if !changes.is_empty() {
+            bail!(
+                "{path}: a tapdisk that wrote it died, and {} changes of its map that guests were answered for are not in it \
+                 yet. Serve it once so that they are written, and stop that in order; then do this again",
+                changes.len()
+            );
+        }
+        Ok(())
     }
 
     fn options(&self) -> anyhow::Result<image::Options> {
@@ -132,5 +180,52 @@ pub(super) fn failed(path: &Path, doing: &str) -> impl FnOnce(Error) -> anyhow::
 
 /// Where a name leads that the image at `image` has, or is to have.
 pub(super) fn from_image(image: &Path, name: &str) -> PathBuf {
-    image.parent().unwrap_or(Path::new("")).join(name)
+    image::named(image, name).unwrap_or_else(|| image.parent().unwrap_or(Path::new("")).join(name))
+}
+
+/// Refuses a name by which the image at `image`, which is to have it, would not be opened.
+///
+/// # Errors
+/// It is no path to those who open the image.
+pub(super) fn refuse_no_path(image: &Path, name: &str) -> anyhow::Result<()> {
+    if image::named(image, name).is_none() {
+        bail!(
+            "{name:?} would be no path for who opens {}: where a colon comes before the first slash, a name has to begin \
+             with `./` or `/`",
+            image.display()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses to put an image below itself, or below one that stands on it.
+///
+/// # Errors
+/// The image at `image` is one of these.
+pub(super) fn refuse_loop(image: &Path, below: &[Layer]) -> anyhow::Result<()> {
+    let Ok(image_is) = std::fs::metadata(image) else { return Ok(()) };
+    for file in below.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
+        let path = file.path.display();
+        let found = std::fs::metadata(&file.path).with_context(|| format!("cannot look at {path}"))?;
+        if (found.dev(), found.ino()) == (image_is.dev(), image_is.ino()) {
+            bail!("{} cannot be below itself: {path} is the same file", image.display());
+        }
+    }
+    Ok(())
+}
+
+/// Says so where an image names a file that is opened only if that is allowed.
+pub(super) fn say_if_forbidden(image: &Path, named: &Path, places: &Places) {
+    let is_block_device = std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());
+    // Whether it can be opened was found out already.
+    let allowed = image::Allowed::new(image, is_block_device, &places.allow_folder);
+    if allowed.is_ok_and(|allowed| allowed.forbids(named)) {
+        let folder = named.parent().filter(|folder| !folder.as_os_str().is_empty());
+        eprintln!(
+            "tapdisk: {} is not in the folder of {}: whoever opens it has to allow that with --allow-folder {}",
+            named.display(),
+            image.display(),
+            folder.unwrap_or(Path::new(".")).display()
+        );
+    }
 }

@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::Context;
+use image::probe::{self, Look};
 use image::{Header, Layer, qcow, qcow2, vhd};
 use runtime::Handle;
 use serde_json::{Map, Value, json};
@@ -18,6 +19,14 @@ pub(super) async fn run(handle: &Handle, arguments: &Info) -> anyhow::Result<()>
     let access = if arguments.chain { Access::Read } else { Access::ReadAlone };
     let source = &arguments.source;
     let layers = Asked::new(&source.file, source.format, access, &source.places).walk(handle).await?;
+    if let (None, Some(Layer { file, header: Header::Raw { .. }, .. })) = (source.format, layers.first())
+        && let Ok(Look::Of(format)) = probe::look(&file.storage).await
+    {
+        let path = file.path.display();
+        eprintln!(
+            "tapdisk: {path} is taken for raw, as its name or kind says, but it begins like {format}: `-f {format}` takes it so"
+        );
+    }
     let mut facts: Vec<Facts> = Vec::new();
     for layer in &layers {
         facts.push(gather(layer).await?);

@@ -36,7 +36,7 @@ pub(crate) fn run(tool: Tool) -> ExitCode {
     match attempt(tool) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tapdisk: {error:#}");
+            eprintln!("tapdisk: {}", whole(&error));
             match error.downcast_ref::<ToolError>() {
                 Some(ToolError::Stopped) => ExitCode::from(STOPPED),
                 Some(ToolError::Source(_) | ToolError::Target(_) | ToolError::Panicked) | None => {
@@ -45,6 +45,19 @@ pub(crate) fn run(tool: Tool) -> ExitCode {
             }
         }
     }
+}
+
+/// All that led to an error, each cause once: some say their cause themselves.
+fn whole(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(|cause| cause.to_string()) {
+        match text.as_str() {
+            "" => text = cause,
+            said if said.ends_with(&cause) => {}
+            _ => text = format!("{text}: {cause}"),
+        }
+    }
+    text
 }
 
 fn attempt(tool: Tool) -> anyhow::Result<ExitCode> {
@@ -69,5 +82,18 @@ async fn dispatch(handle: Handle, tool: Tool) -> anyhow::Result<ExitCode> {
         Tool::Commit(arguments) => commit::run(&handle, &arguments).await.map(done),
         Tool::Rebase(arguments) => rebase::run(&handle, &arguments).await.map(done),
         Tool::Snapshot(arguments) => snapshot::run(&handle, &arguments).await.map(done),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let system = std::io::Error::from_raw_os_error(2).to_string();
+        let error = anyhow::Error::from(std::io::Error::from_raw_os_error(2));
+        let error = error.context(format!("cannot open it: {system}")).context("cannot make x");
+        assert_eq!(whole(&error), format!("cannot make x: cannot open it: {system}"));
     }
 }

@@ -27,6 +27,8 @@ fn known(format: Format) -> &'static [(&'static str, &'static str)] {
             ("refcount_bits", "bits of a reference count, a power of two up to 64 [16]"),
             ("extended_l2", "on: clusters have 32 subclusters; off"),
             ("compression_type", "how compressed clusters are compressed: zlib or zstd"),
+            ("data_file", "a file of its own for the disk's bytes, or a block device, which FILE then names"),
+            ("data_file_raw", "on: that file alone shows the disk, too; off"),
             ("backing_file", "as --backing"),
             ("backing_fmt", "as --backing-format"),
         ],

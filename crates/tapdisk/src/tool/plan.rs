@@ -32,6 +32,13 @@ pub(super) struct Below {
     pub(super) changed: Option<SystemTime>,
 }
 
+/// A file of its own for the disk's bytes (qcow2).
+pub(super) struct Apart {
+    /// Its name, as the image is to have it.
+    pub(super) name: String,
+    pub(super) storage: Rc<dyn Storage>,
+}
+
 /// What is reserved beforehand.
 #[derive(Clone, Copy)]
 enum Preallocation {
@@ -98,6 +105,14 @@ impl Plan {
         Ok((name, format))
     }
 
+    /// The name of the file for the disk's bytes, where that is to be another one.
+    pub(super) fn data_file(&mut self) -> Option<String> {
+        match self.format {
+            Format::Qcow2 => self.wishes.take("data_file"),
+            Format::Raw | Format::Qcow | Format::Vhd => None,
+        }
+    }
+
     /// Makes a disk of so many bytes in this file, whatever is there. Nothing of it is durable before a flush.
     ///
     /// # Errors
@@ -107,11 +122,12 @@ impl Plan {
         file: &Rc<dyn Storage>,
         bytes: u64,
         below: Option<Below>,
+        apart: Option<Apart>,
     ) -> anyhow::Result<()> {
         match self.format {
             Format::Raw => self.make_raw(file, bytes).await,
             Format::Qcow => self.make_qcow(file, bytes, below).await,
-            Format::Qcow2 => self.make_qcow2(file, bytes, below).await,
+            Format::Qcow2 => self.make_qcow2(file, bytes, below, apart).await,
             Format::Vhd => self.make_vhd(file, bytes, below).await,
         }
     }
@@ -159,7 +175,12 @@ impl Plan {
         file: &Rc<dyn Storage>,
         bytes: u64,
         below: Option<Below>,
+        apart: Option<Apart>,
     ) -> anyhow::Result<()> {
+        let raw = self.wishes.choice("data_file_raw", &SWITCH)?.unwrap_or(false);
+        if raw && apart.is_none() {
+            bail!("-o data_file_raw: there is no data file; -o data_file names one");
+        }
         let plain = qcow2::Create::default();
         let versions = [("1.1", 3), ("v3", 3), ("0.10", 2), ("v2", 2)];
         let compressions = [("zlib", qcow2::Compression::Zlib), ("zstd", qcow2::Compression::Zstd)];
@@ -178,7 +199,7 @@ impl Plan {
             lazy_refcounts: self.wishes.choice("lazy_refcounts", &SWITCH)?.unwrap_or(plain.lazy_refcounts),
             compression: self.wishes.choice("compression_type", &compressions)?.unwrap_or(plain.compression),
             backing: below,
-            data_file: None,
+            data_file: apart.map(|apart| qcow2::DataFile { name: apart.name, storage: apart.storage, raw }),
             preallocation: match self.preallocation()? {
                 Preallocation::Off => qcow2::Preallocation::Off,
                 Preallocation::Metadata => qcow2::Preallocation::Metadata,

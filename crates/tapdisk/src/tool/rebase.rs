@@ -9,7 +9,7 @@ use image::{Format, Header, qcow2};
 use runtime::Handle;
 use storage::Storage;
 
-use super::disk::{Access, Asked, from_image};
+use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
 use super::progress::Progress;
 use crate::cli::tool::Rebase;
 
@@ -19,34 +19,41 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
     if let (None, Some(format)) = (name, arguments.backing_format) {
         bail!("there is a format of an image below ({format}), but no such image: name it with --backing");
     }
+    if let Some(name) = name {
+        refuse_no_path(path, name)?;
+    }
+    let asked = Asked::new(path, arguments.format, Access::Write, places);
     let file = if arguments.unchecked {
-        let file =
-            storage::file::open(path, &Asked::new(path, arguments.format, Access::Write, places).file()?)?;
-        let file: Rc<dyn Storage> = Rc::new(storage::File::new(handle, file));
+        let opened = storage::file::open(path, &asked.file()?)?;
+        let is_block_device = opened.is_block_device;
+        asked.refuse_pending(&opened)?;
+        let file: Rc<dyn Storage> = Rc::new(storage::File::new(handle, opened));
+        refuse_other(path, asked.format_of(&file, is_block_device).await?)?;
         change(&file, path, name, arguments.backing_format).await?;
         file
     } else {
-        let disk = Asked::new(path, arguments.format, Access::Write, places)
-            .open(handle)
-            .await
-            .with_context(|| {
-                format!(
-                    "{} cannot be opened over the image that is below it now (`-u` does not look at it)",
-                    path.display()
-                )
-            })?;
-        let header = &disk.top().header;
-        if !matches!(header, Header::Qcow2(_)) {
-            bail!(
-                "{} is a {} image: only those of qcow2 can be put over another one",
-                path.display(),
-                header.format()
-            );
+        let new = name.map(|name| (name, from_image(path, name)));
+        if let Some((name, new)) = &new {
+            let asked = Asked::new(new, arguments.backing_format, Access::Read, places);
+            let layers = asked.walk(handle).await;
+            refuse_loop(
+                path,
+                &layers.with_context(|| format!("{name} cannot be below {}", path.display()))?,
+            )?;
         }
-        let new = match name {
-            Some(name) => {
-                let new = from_image(path, name);
-                let asked = Asked::new(&new, arguments.backing_format, Access::Read, places);
+        // Its files are free once the ring has had a turn.
+        handle.turn().await;
+        let disk = asked.open(handle).await.with_context(|| {
+            format!(
+                "{} cannot be opened over the image that is below it now (`-u` does not look at it)",
+                path.display()
+            )
+        })?;
+        refuse_other(path, disk.top().header.format())?;
+        refuse_raw_data(path, name, &disk.top().header)?;
+        let new = match &new {
+            Some((name, new)) => {
+                let asked = Asked::new(new, arguments.backing_format, Access::Read, places);
                 let new = asked.open(handle).await;
                 Some(new.with_context(|| format!("{name} cannot be below {}", path.display()))?)
             }
@@ -68,11 +75,42 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         file
     };
     drop(file);
+    if let Some(name) = name {
+        say_if_forbidden(path, &from_image(path, name), places);
+    }
     let text = match name {
         Some(name) => format!("{} is over {name} now\n", path.display()),
         None => format!("{} stands alone now\n", path.display()),
     };
     crate::print(text.as_bytes())
+}
+
+/// Only qcow2 has the room, and the order of writes, to change the name of what is below.
+fn refuse_other(path: &Path, format: Format) -> anyhow::Result<()> {
+    match format {
+        Format::Qcow2 => Ok(()),
+        Format::Raw => bail!("{} is a raw image, which has all its bytes itself", path.display()),
+        Format::Qcow | Format::Vhd => bail!(
+            "{} is a {format} image: only those of qcow2 can be put over another one. `tapdisk convert -O qcow2` makes it one \
+             that stands alone; `tapdisk create -f {format} -b` makes a new one over another",
+            path.display()
+        ),
+    }
+}
+
+/// A raw data file alone shows the disk.
+fn refuse_raw_data(path: &Path, name: Option<&str>, header: &Header) -> anyhow::Result<()> {
+    let is_raw = match header {
+        Header::Qcow2(header) => header.is_data_raw(),
+        Header::Raw { .. } | Header::Qcow(_) | Header::Vhd(_) => false,
+    };
+    match name {
+        Some(name) if is_raw => bail!(
+            "{} has a raw data file, which alone is to show the disk: {name} cannot be below it",
+            path.display()
+        ),
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// Has the image name another one below it, for good.
@@ -84,6 +122,7 @@ async fn change(
 ) -> anyhow::Result<()> {
     let failed = || format!("cannot write into {} what is below it", path.display());
     let mut header = qcow2::Header::read(file).await.with_context(failed)?;
+    refuse_raw_data(path, name, &Header::Qcow2(Box::new(header.clone())))?;
     header.set_backing(name, format);
     header.write(file).await.with_context(failed)?;
     file.flush().await.with_context(failed)

@@ -4,11 +4,11 @@ use std::rc::Rc;
 
 use anyhow::{Context, bail};
 use block::Span;
-use image::{Header, qcow2};
+use image::{Chain, Header, Settings, qcow2};
 use runtime::Handle;
 use storage::{Storage, Zeroing};
 
-use super::disk::{Access, Asked, failed};
+use super::disk::{Access, Asked, Disk, failed};
 use crate::cli::tool::{NewSize, Resize};
 use crate::size;
 
@@ -19,6 +19,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Resize) -> anyhow::Result<(
     let (old, new) = resize(handle, asked, arguments.shrink, |old| match wanted {
         NewSize::Exactly(bytes) => Some(bytes),
         NewSize::More(bytes) => old.checked_add(bytes).filter(|sum| i64::try_from(*sum).is_ok()),
+        NewSize::Less(bytes) => Some(old.saturating_sub(bytes)),
     })
     .await?;
     let (old, new) = (size::show(old), size::show(new));
@@ -37,6 +38,9 @@ pub(super) async fn resize(
     let old = disk.chain.size();
     let new =
         wanted(old).with_context(|| format!("{} would be larger than any disk (8 EiB)", path.display()))?;
+    if new == 0 {
+        bail!("nothing would be left of {}, which has {}", path.display(), size::show(old));
+    }
     if new < old && !shrink {
         bail!(
             "{} has {}: making it smaller loses what is beyond its new end. `--shrink` does it all the same",
@@ -56,25 +60,36 @@ pub(super) async fn resize(
         Some(data) => Some(data.storage.clone()),
         None => None,
     };
+    let failed = || format!("cannot resize {}", path.display());
     let new = new.checked_next_multiple_of(512).context("a disk is smaller than 8 EiB")?;
-    qcow2::resize(&layer.file.storage, data.as_ref(), new)
-        .await
-        .with_context(|| format!("cannot resize {}", path.display()))?;
+    let file = &layer.file.storage;
     let below = disk.layers.get(1).map_or(0, |below| below.header.size()).min(new);
     let hidden = below.checked_sub(old).and_then(|len| Span::new(old, len)).filter(|span| !span.is_empty());
-    drop((disk, data));
-    if let Some(hidden) = hidden {
-        hide(handle, asked, hidden).await?;
+    match hidden {
+        None => qcow2::resize(file, data.as_ref(), new).await.with_context(failed)?,
+        Some(hidden) => {
+            qcow2::reserve(file, data.as_ref(), new).await.with_context(failed)?;
+            hide(handle, &disk, data, new, hidden).await.with_context(failed)?;
+            qcow2::set_size(file, new).await.with_context(failed)?;
+        }
     }
     Ok((old, new))
 }
 
-/// Makes bytes of a disk zero that a longer image below would show.
-async fn hide(handle: &Handle, asked: Asked<'_>, span: Span) -> anyhow::Result<()> {
-    // Its files are free once the ring has had a turn.
-    handle.turn().await;
-    let disk = asked.open(handle).await?;
-    let how = Zeroing { unmap: true, fast: false };
-    disk.chain.zero(span, how).await.map_err(failed(asked.path, "zero what was added to"))?;
-    disk.close().await
+/// Makes bytes beyond the end of a disk zero that a longer image below would show, if the disk had so many bytes.
+async fn hide(
+    handle: &Handle,
+    disk: &Disk,
+    data: Option<Rc<dyn Storage>>,
+    bytes: u64,
+    hidden: Span,
+) -> anyhow::Result<()> {
+    let file = &disk.top().file.storage;
+    let mut header = qcow2::Header::read(file).await?;
+    header.size = bytes;
+    let settings = Settings { writable: true, ..Settings::default() };
+    let image = qcow2::Qcow2::open(handle, header, file.clone(), data, settings).await?;
+    let chain = Chain::over(handle, Rc::new(image), disk.chain.below().to_vec());
+    chain.zero(hidden, Zeroing { unmap: true, fast: false }).await?;
+    Ok(chain.close().await?)
 }

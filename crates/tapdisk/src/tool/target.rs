@@ -62,14 +62,14 @@ pub(super) fn make(
         }
         Ok(metadata) if metadata.is_file() => {}
         Ok(_) => bail!("{} is neither a file nor a block device", path.display()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => refuse_nowhere(&path)?,
         Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
     }
     let part = part_of(&path)?;
     let was_there = part.exists();
     let opened = file::open(&part, &Options { create: Some(SOME), ..options }).map_err(|error| {
         let is_busy = matches!(error, OpenError::Busy { .. });
-        if !is_busy && !was_there {
+        if !is_busy && !was_there && part.exists() {
             drop(Target { path: path.clone(), part: Some(part.clone()), replaced: None, record: None });
         }
         let hint = if is_busy { ": somebody is just making this image" } else { "" };
@@ -87,6 +87,24 @@ pub(super) fn make(
 
 fn forget_ledger(record: Option<&Record>) -> anyhow::Result<()> {
     record.map_or(Ok(()), LedgerFile::remove).context("cannot remove the ledger of what was there before")
+}
+
+/// A new file needs a folder, and a name that is its own.
+fn refuse_nowhere(path: &Path) -> anyhow::Result<()> {
+    if let Ok(leads) = path.read_link() {
+        bail!(
+            "{} is a link to {}, where nothing is: give that name, or remove the link",
+            path.display(),
+            leads.display()
+        );
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder
+        && !folder.is_dir()
+    {
+        bail!("{} cannot be made: {} is no folder", path.display(), folder.display());
+    }
+    Ok(())
 }
 
 fn part_of(path: &Path) -> anyhow::Result<PathBuf> {

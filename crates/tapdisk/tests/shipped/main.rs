@@ -9,6 +9,7 @@ mod hang;
 mod image_death;
 mod life;
 mod log;
+mod memory;
 mod open;
 mod policy;
 mod power_cut;

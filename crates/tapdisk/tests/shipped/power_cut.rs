@@ -117,14 +117,19 @@ impl Workload {
 
     /// What the disk holds is what was written to it last. It is durable as far as it was before.
     pub(crate) fn take_as_it_is(&mut self, client: &mut Client, floors: Vec<usize>) {
-        for (number, floor) in floors.into_iter().enumerate() {
-            let bytes = client.read(self.shape.at(number as u64), SECTOR).unwrap();
-            let value = u64::from_be_bytes(bytes[..8].try_into().unwrap());
-            let sector = &mut self.sectors[number];
-            let last = sector.values.iter().rposition(|written| *written == value).expect("it was checked");
-            sector.values.truncate(last + 1);
-            sector.answered = last;
-            sector.floor = floor.min(last);
+        let groups = self.sectors.chunks_mut(GROUP as usize).zip(floors.chunks(GROUP as usize));
+        for (group, (sectors, floors)) in groups.enumerate() {
+            let len = sectors.len() as u64 * SECTOR;
+            let bytes = client.read(group as u64 * self.shape.spread, len).unwrap();
+            for ((sector, floor), found) in sectors.iter_mut().zip(floors).zip(bytes.chunks(SECTOR as usize))
+            {
+                let value = u64::from_be_bytes(found[..8].try_into().unwrap());
+                let last =
+                    sector.values.iter().rposition(|written| *written == value).expect("it was checked");
+                sector.values.truncate(last + 1);
+                sector.answered = last;
+                sector.floor = (*floor).min(last);
+            }
         }
     }
 

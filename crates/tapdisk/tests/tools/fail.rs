@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use faultfs::{FaultFs, Options};
+use nbd_client::{Client, Request, Style};
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal};
 
@@ -155,4 +156,60 @@ fn an_image_in_use_is_refused_by_the_name_of_who_has_it() {
     folder.tapdisk(&["check", "disk.qcow2"]);
     folder.refuses(&["commit", "top.qcow2"], 1, &["in use by", &us]);
     assert_eq!(folder.names(), ["disk.qcow2", "disk.raw", "top.qcow2"]);
+}
+
+/// Serves an image, writes to a new place of it, and dies before that is in the image by itself; whether it did.
+fn dies_with_a_ledger(folder: &Folder) -> bool {
+    folder.tapdisk(&["create", "--force", "-f", "qcow2", "disk.qcow2", "16M"]);
+    let words = ["serve", "disk.qcow2", "--nbd", "unix:socket", "--state-dir", "state"];
+    let mut server = folder.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    let mut client = loop {
+        match Client::connect(&folder.path("socket"), Style::Simple) {
+            Ok(client) => break client,
+            Err(error) => assert!(started.elapsed() < LONG, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    assert!(client.ask(&Request::write(3 << 20, &[7; 4096])).unwrap().is_ok());
+    server.kill().unwrap();
+    server.wait().unwrap();
+    // A busy machine may have had time for it.
+    folder.run(&["map", "--state-dir", "state", "disk.qcow2"]).code != Some(0)
+}
+
+#[test]
+fn what_a_dead_server_has_not_written_is_not_left_out() {
+    let folder = Folder::new();
+    assert!((0..10).any(|_| dies_with_a_ledger(&folder)), "the ledger is always empty");
+    let state = ["--state-dir", "state"];
+    for words in [
+        &["map", "disk.qcow2"][..],
+        &["convert", "disk.qcow2", "copy.raw"],
+        &["check", "disk.qcow2"],
+        &["check", "-r", "all", "disk.qcow2"],
+        &["rebase", "-u", "-b", "base.raw", "-F", "raw", "disk.qcow2"],
+        &["create", "-f", "qcow2", "-b", "disk.qcow2", "-u", "top.qcow2", "16M"],
+    ] {
+        let ended = folder.run(&[words, &state].concat());
+        // Nothing is looked at for a name alone.
+        let expected = if words[0] == "create" { 0 } else { 1 };
+        assert_eq!(ended.code, Some(expected), "{words:?}: {ended:?}");
+        assert!(
+            expected == 0 || ended.stderr.contains("a tapdisk that wrote it died"),
+            "{words:?}: {ended:?}"
+        );
+    }
+    folder.refuses(
+        &[&["map", "top.qcow2"], &state[..]].concat(),
+        1,
+        &["disk.qcow2", "a tapdisk that wrote it died"],
+    );
+    // What writes the image takes it over first.
+    folder.tapdisk(&[&["snapshot", "-c", "now", "disk.qcow2"], &state[..]].concat());
+    let map = folder.tapdisk(&[&["map", "--json", "disk.qcow2"], &state[..]].concat()).json();
+    let data = map.as_array().unwrap().iter().find(|run| run["data"] == true).unwrap();
+    assert_eq!(data["start"], 3 << 20, "{map}");
+    folder.tapdisk(&[&["check", "disk.qcow2"], &state[..]].concat());
+    folder.qemu_io("qcow2", "disk.qcow2", &["read -P 7 3M 4k"]);
 }

@@ -2,7 +2,9 @@
 
 mod check;
 mod convert;
+mod death;
 mod fail;
 mod folder;
 mod layers;
+mod odd;
 mod tell;

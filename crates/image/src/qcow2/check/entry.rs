@@ -8,7 +8,7 @@ const PACKED: u64 = 1 << 62;
 /// The cluster reads as zero (bit 0 of an L2 entry of 8 bytes).
 const ZERO: u64 = 1;
 /// Bits 9 to 55: a byte of the file.
-const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits that are reserved in an entry of an L1 table, of an L2 table, and of the refcount table.
 const L1_RESERVED: u64 = !(PLACE | COPIED);
 const L2_RESERVED: u64 = !(PLACE | COPIED | PACKED | ZERO);

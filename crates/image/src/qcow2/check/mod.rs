@@ -6,14 +6,16 @@
 //!
 //! 1. entries that make no sense are taken out (what they pointed to leaks),
 //! 2. counts that are too low are raised, or all counts are written anew and the header switches to them in one sector,
-//! 3. counts that are too high are lowered,
-//! 4. marks for writing in place are set and cleared by the counts,
-//! 5. the bits of the header that say that something is wrong are cleared, after another check.
+//! 3. entries of the disk that lead to one and the same cluster get copies of it,
+//! 4. counts that are too high are lowered,
+//! 5. marks for writing in place are set and cleared by the counts,
+//! 6. the bits of the header that say that something is wrong are cleared, after another check.
 
 mod copied;
 mod counter;
 mod entry;
 mod rebuild;
+mod shared;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -65,6 +67,14 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
         mend(file, &mut header, left, repair).await?;
         left = inspect(file, &header).await?;
     }
+    let mut parted = 0;
+    if repair == Repair::All && left.all_known() && left.counts.corruptions == left.counts.overflows {
+        parted = shared::part(file, &mut header).await?;
+        if parted > 0 {
+            settle(file, &header).await?;
+            left = inspect(file, &header).await?;
+        }
+    }
     if left.report.is_safe() && header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT) != 0 {
         header.incompatible &= !(incompatible::DIRTY | incompatible::CORRUPT);
         header.write_fields(file).await?;
@@ -75,6 +85,11 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
     report.leaks_fixed = before.leaks.saturating_sub(report.leaks);
     // What was found tells more than what is left.
     report.notes = before.notes;
+    if parted > 0 {
+        // Before all others, of which there may be too many.
+        let note = format!("{parted} entries led to clusters of others, and have copies of their own now");
+        report.notes.insert(0, note);
+    }
     Ok(report)
 }
 
@@ -136,7 +151,7 @@ fn add(all: &mut Differences, more: Differences) {
     all.leaks += more.leaks;
     all.corruptions += more.corruptions;
     all.rebuild |= more.rebuild;
-    all.overflow |= more.overflow;
+    all.overflows += more.overflows;
     all.end = all.end.max(more.end);
     all.unread += more.unread;
 }
@@ -209,7 +224,7 @@ pub(super) async fn claim(
     plan: &Plan,
 ) -> Result<(), ImageError> {
     let found = sweep(file, header, plan, Change::No).await?;
-    if found.overflow {
+    if found.overflows > 0 {
         return Err(ImageError::Refused(format!(
             "reference counts of {} bits are too narrow for another reference to each cluster; convert the image to one with \
              wider counts",

@@ -39,8 +39,8 @@ pub(super) struct Differences {
     pub(super) corruptions: u64,
     /// There is no block for some of these.
     pub(super) rebuild: bool,
-    /// Some have more references than can be counted.
-    pub(super) overflow: bool,
+    /// How many of these have more references than can be counted.
+    pub(super) overflows: u64,
     /// Byte after the last cluster with a count or a reference.
     pub(super) end: u64,
     /// Blocks that could not be read.
@@ -190,7 +190,7 @@ impl Stored {
                 found.leaks += u64::from(count > references);
                 found.corruptions += u64::from(count < references);
                 found.rebuild |= references > 0 && block.is_empty();
-                found.overflow |= references > self.max;
+                found.overflows += u64::from(references > self.max && count < references);
                 let wanted = match change {
                     Change::No => false,
                     Change::Raise => count < references,

@@ -185,6 +185,15 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
+    /// Counts what refers while the disk is used: its own tables, and those of the counts.
+    pub(super) async fn own_references(&mut self, counter: &mut Counter, refcounts: &[u64]) -> Result<()> {
+        self.span(counter, 0, self.cluster(), 1, Entries::Known, "header");
+        let active = self.active();
+        self.roots(counter, &[(active, 1)], &[], Entries::Known, false).await?;
+        self.refcounts(counter, refcounts, Entries::Known);
+        Ok(())
+    }
+
     /// Counts what L1 tables and L2 tables refer to, each so many times. `stats`: and counts the disk's clusters.
     async fn roots(
         &mut self,
