@@ -128,7 +128,8 @@ fn cases() -> Vec<Case> {
     };
     vec![
         case("qcow2", plain(), 160, 0, Past::Below),
-        case("qcow2, wide counts", qcow2(512, 64, false, Data::Here), 160, 0, Past::Below),
+        // Nearly two refcount blocks are full: the script needs another one.
+        case("qcow2, wide counts", qcow2(512, 64, false, Data::Here), 160, 56_320, Past::Shared),
         case("qcow2 over raw", plain(), 160, 60_032, Past::Below),
         case("qcow2 over vhd over raw", plain(), 160, 81_920, Past::Between(Format::Vhd)),
         // Its refcount table has no entry for what comes after 2 MiB, and it has nearly as much.
@@ -304,7 +305,7 @@ impl Case {
             lives: vec![self.life(prelude, Vec::new(), None), self.life(script, vec![rule], None)],
             all_deaths: false,
             deaths: 1,
-            ask_qemu: ask_qemu && row.trials % ASKED == 0,
+            ask_qemu: ask_qemu && row.trials.is_multiple_of(ASKED),
         };
         let files = Some(files.to_vec());
         let mut trial = Trial { subject: self.subject.clone(), plan, files, operations: 0, deaths: 0 };
