@@ -429,6 +429,10 @@ fn name(
         // What nothing points to any more becomes a hole; in a VHD it is a new block.
         (IMAGE, Act::Zero) if matches!(kind, Kind::Qcow2 { .. }) => "cluster_free",
         (IMAGE, Act::Zero) => "write_zeroes",
+        // As far as it goes, and no more; the table that follows is read by whole blocks.
+        (IMAGE, Act::Read) if matches!(kind, Kind::Qcow { .. }) && span.at() == 0 && span.len() < 512 => {
+            "header_load"
+        }
         (IMAGE, Act::Read) => match find(now) {
             Some(Part::Header) => "header_load",
             Some(Part::RefTable) => "reftable_load",
