@@ -44,7 +44,7 @@ pub fn run(seed: u64, ask_qemu: bool) -> Outcome {
     let subject = Subject::draw(&mut dice);
     let mut plan = Plan::draw(&mut dice, &subject, seed.is_multiple_of(ALL_DEATHS));
     plan.ask_qemu = ask_qemu;
-    let mut trial = Trial { subject, plan, operations: 0, deaths: 0 };
+    let mut trial = Trial { subject, plan, files: None, operations: 0, deaths: 0 };
     let configuration = format!("{:?}\n{:?}", trial.subject, trial.plan);
     let failure = caught(|| trial.run(&mut dice)).err();
     Outcome { configuration, operations: trial.operations, deaths: trial.deaths, failure }
@@ -177,13 +177,16 @@ impl Rule {
 pub(crate) struct Trial {
     pub(crate) subject: Subject,
     pub(crate) plan: Plan,
+    /// The image, if it is made already.
+    pub(crate) files: Option<Vec<Bytes>>,
     pub(crate) operations: u64,
     pub(crate) deaths: u64,
 }
 
 impl Trial {
     pub(crate) fn run(&mut self, dice: &mut Dice) -> Result<(), String> {
-        let files = self.subject.create()?;
+        let made = self.files.take().map_or_else(|| self.subject.create(), Ok);
+        let files = made?;
         let world = World::new(files.clone(), Notes::default(), Pace::Random, dice.fork());
         let model = Rc::new(RefCell::new(Model::new(self.subject.size, self.subject.below)));
         let numbers = Rc::new(Cell::new(1));
@@ -379,7 +382,7 @@ mod tests {
             let mut dice = Dice::new(seed);
             let subject = Subject::of(kind.clone(), &mut dice);
             let plan = Plan::draw(&mut dice, &subject, seed.is_multiple_of(ALL_DEATHS));
-            let mut trial = Trial { subject, plan, operations: 0, deaths: 0 };
+            let mut trial = Trial { subject, plan, files: None, operations: 0, deaths: 0 };
             let failure = caught(|| trial.run(&mut dice)).err()?;
             Some((seed, format!("{failure}\n{:?}\n{:?}", trial.subject, trial.plan)))
         })

@@ -245,7 +245,8 @@ impl Subject {
 
     /// What the image between has: first bytes and lengths.
     fn between(&self) -> impl Iterator<Item = (u64, u64)> {
-        let pieces = (0..self.below).step_by(PIECE as usize).filter(|at| mix(*at ^ self.size) % 2 == 0);
+        let pieces =
+            (0..self.below).step_by(PIECE as usize).filter(|at| mix(*at ^ self.size).is_multiple_of(2));
         pieces.map(|at| (at, PIECE.min(self.below - at)))
     }
 
