@@ -311,28 +311,26 @@ impl Blocks {
         let limit = self.limit.get();
         // Where its footer could not be put back, a file may end before its blocks do.
         let end = limit.min(self.file().size());
-        if data + self.block() > end {
-            if self.writable && data + self.block() > limit {
-                return None;
-            }
-            // The last block of an image that was not closed may end with the file: what is beyond was never written.
-            match end.checked_sub(at) {
-                None | Some(0) => return Some(self.nothing(len)),
-                Some(there) => len = len.min(there),
+        if self.writable && data + self.block() > limit {
+            return None;
+        }
+        if !self.is_full(block) {
+            let (is_set, sectors) = self.run(place, skip / SECTOR, (skip + len).div_ceil(SECTOR))?;
+            len = len.min((skip / SECTOR + sectors) * SECTOR - skip);
+            if !is_set {
+                return Some(self.nothing(len));
             }
         }
-        if self.is_full(block) {
-            return Some(Extent::Data { at, len, pin: None });
-        }
-        let (is_set, sectors) = self.run(place, skip / SECTOR, (skip + len).div_ceil(SECTOR))?;
-        let len = len.min((skip / SECTOR + sectors) * SECTOR - skip);
-        Some(if is_set { Extent::Data { at, len, pin: None } } else { self.nothing(len) })
+        // The last block of an image that was not closed may end with the file: what is beyond was never written, and has no
+        // bits. Where it has, the file was cut off.
+        let there = end.checked_sub(at).filter(|there| *there > 0)?;
+        Some(Extent::Data { at, len: len.min(there), pin: None })
     }
 
     /// As `look`, of what is brought into memory first.
     ///
     /// # Errors
-    /// Those of reading; EIO for an entry that cannot be.
+    /// Those of reading; EIO for an entry that cannot be, and for bytes that were cut off the file.
     pub(super) async fn map(&self, span: Span) -> Result<Extent> {
         let (block, _) = self.find(span.at());
         let _table = self.load_entry(block).await?;
@@ -344,7 +342,10 @@ impl Blocks {
             Some(place) => Some(self.load_bitmap(block, place).await?),
             None => None,
         };
-        self.look(span).ok_or_else(|| Error::new(Errno::EIO, format!("find block {block}")))
+        self.look(span).ok_or_else(|| {
+            let doing = format!("find byte {} in block {block}: the file was cut off before it", span.at());
+            Error::new(Errno::EIO, doing)
+        })
     }
 
     /// Where a block is, whose entry is in memory.

@@ -40,6 +40,7 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
         Some(sparse) => {
             check.stray(&sparse).await?;
             let entries = check.table(&sparse).await?;
+            check.cut(&sparse, &entries).await?;
             check.batmap(&sparse, &entries).await?;
             check.end(&sparse, &entries).await?;
             check.footers().await?;
@@ -234,6 +235,45 @@ impl Check<'_> {
         self.report.fragmented_clusters =
             (used.len().saturating_sub(1) - used.windows(2).filter(is_behind).count()) as u64;
         Ok(entries)
+    }
+
+    /// Looks for sectors of the last block that are marked as written and are not in the file: it was cut off.
+    async fn cut(&mut self, sparse: &Sparse, entries: &[u32]) -> Result<(), ImageError> {
+        let end = self.header.footer_at.unwrap_or(self.file.size());
+        let last = entries
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| **entry != UNUSED)
+            .max_by_key(|(_, entry)| **entry);
+        let Some((block, entry)) = last else { return Ok(()) };
+        let at = u64::from(*entry) * SECTOR;
+        let data = at + sparse.bitmap();
+        if data + sparse.block() <= end || at >= self.file.size() {
+            return Ok(());
+        }
+        let there = end.saturating_sub(data) / SECTOR;
+        let sectors = sparse.block() / SECTOR;
+        let mut bitmap = read(self.file, at, sectors.div_ceil(8).min(self.file.size() - at)).await?;
+        let mut lost = 0;
+        for sector in there..sectors {
+            let (byte, bit) = ((sector / 8) as usize, 0x80u8 >> (sector % 8));
+            if let Some(byte) = bitmap.get_mut(byte).filter(|byte| **byte & bit != 0) {
+                *byte &= !bit;
+                lost += 1;
+            }
+        }
+        if lost > 0
+            && self.corruption(|| {
+                format!(
+                    "{lost} sectors of block {block} are marked as written, but the file ends before them, at {end}: it was \
+                     cut off"
+                )
+            })
+        {
+            write(self.file, at, &bitmap).await?;
+            self.report.note(|| format!("in block {block} they read as if they had never been written"));
+        }
+        Ok(())
     }
 
     /// Checks that blocks are full of which the batmap says so.

@@ -234,11 +234,14 @@ fn a_raw_data_file_has_nothing_below_it() {
 #[test]
 fn bytes_that_were_cut_off_an_image_are_an_error_and_never_zeroes() {
     let folder = Folder::new();
-    for (format, qemu) in [("qcow2", "qcow2"), ("qcow", "qcow")] {
+    // A VHD whose last block is not there at all is refused; this one ends within it.
+    for (format, qemu, len) in
+        [("qcow2", "qcow2", 2 * MIB), ("qcow", "qcow", 2 * MIB), ("vhd", "vpc", 3 * MIB)]
+    {
         folder.qemu_img(&["create", "-q", "-f", qemu, "disk", "4M"]);
         folder.qemu_io(qemu, "disk", &["write -P 5 0 4M"]);
         let disk = std::fs::File::options().write(true).open(folder.path("disk")).unwrap();
-        disk.set_len(2 * MIB).unwrap();
+        disk.set_len(len).unwrap();
         folder.refuses(
             &["convert", "-f", format, "disk", "copy"],
             1,
