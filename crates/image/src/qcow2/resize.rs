@@ -14,8 +14,10 @@ use super::COPIED;
 use super::bitmap::distrust;
 use super::bytes;
 use super::check::used_end;
+use super::entry::{Entry, Shape};
 use super::header::{Header, L1_MAX, autoclear};
 use super::offline::{Change, read_table};
+use super::packed::unpack;
 
 /// Bits 9 to 55 of an entry of L1 or L2: a byte of the file.
 const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
@@ -228,8 +230,7 @@ async fn tail(
         ))
     };
     if entry & PACKED != 0 {
-        // What was compressed as the disk's end has zeroes behind it.
-        return if end < header.size { Err(shared()) } else { Ok(None) };
+        return if is_packed_zero(change, entry, end % cluster).await? { Ok(None) } else { Err(shared()) };
     }
     if place == 0 && (data.is_none() || entry & COPIED == 0) {
         return Ok(None);
@@ -244,6 +245,24 @@ async fn tail(
     }
     let sole = data.is_some() || table & entry & COPIED != 0;
     if sole { Ok(Some(span)) } else { Err(shared()) }
+}
+
+/// Whether a compressed cluster is zero from this byte of it on, as one that was compressed as the disk's end is.
+async fn is_packed_zero(change: &Change<'_>, entry: u64, from: u64) -> Result<bool, ImageError> {
+    let header = &change.header;
+    let shape = Shape {
+        cluster_bits: header.cluster_bits,
+        extended: header.has_extended_l2(),
+        zeroes: header.version > 2,
+        external: header.has_data_file(),
+    };
+    let Ok(Entry::Packed(packed)) = shape.read([entry, 0]) else { return Ok(false) };
+    let small = bytes::read(change.file, packed.at, packed.len as usize).await?;
+    Ok(match unpack(header.compression, &small, header.cluster_size() as usize) {
+        Ok(all) => all.get(from as usize..).is_some_and(|rest| rest.iter().all(|byte| *byte == 0)),
+        // Nobody can read it, and nobody knows what would show.
+        Err(_broken) => false,
+    })
 }
 
 async fn is_zero(storage: &Rc<dyn Storage>, span: Span) -> Result<bool, ImageError> {

@@ -238,3 +238,24 @@ fn what_others_have_left_beyond_a_disk_never_shows_when_it_grows() {
         }
     }
 }
+
+#[test]
+fn a_disk_that_nobody_has_open_does_not_grow_over_bytes_that_would_show() {
+    let dir = scratch();
+    let saved = dir.path().join("saved");
+    for (options, compressed, grows) in [
+        ("cluster_size=65536", true, false),
+        ("cluster_size=65536", false, true),
+        ("cluster_size=4096,compat=0.10", false, true),
+    ] {
+        let file = cut_short(dir.path(), options, compressed, false);
+        let result = now(image::qcow2::resize(&file, None, 1 << 20));
+        assert_eq!(result.is_ok(), grows, "{options}, {compressed}: {result:?}");
+        save(&file, &saved);
+        assert_eq!(qemu_check(&saved)["code"], 0, "{options}");
+        if grows {
+            let beyond = format!("read -P 0 300032 {}", (1 << 20) - 300_032);
+            crate::tools::qemu_io(&saved, &["read -P 7 0 300032", &beyond]);
+        }
+    }
+}

@@ -24,6 +24,11 @@ pub(crate) fn ram(bytes: &[u8]) -> Rc<dyn Storage> {
     Rc::new(ram)
 }
 
+/// One of how many states QEMU is asked about, unless `TESTS_LONG` is set: starting it takes most of a test's time.
+pub(crate) fn one_of(seldom: usize, often: usize) -> usize {
+    if std::env::var_os("TESTS_LONG").is_some() { often } else { seldom }
+}
+
 /// A folder that is gone afterwards.
 pub(crate) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
