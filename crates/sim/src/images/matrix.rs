@@ -142,7 +142,8 @@ fn cases() -> Vec<Case> {
         case("vhd", vhd(), 24, 0, Past::Below),
         case("vhd over raw", vhd(), 24, 65_536, Past::Below),
         case("vhd over qcow over raw", vhd(), 24, 98_304, Past::Between(Format::Qcow)),
-        case("qcow", Kind::Qcow { cluster: 512 }, 160, 0, Past::Below),
+        // A table tells of 512 clusters: the last one needs a third.
+        case("qcow", Kind::Qcow { cluster: 512 }, 1100, 0, Past::Below),
         case("qcow over raw", Kind::Qcow { cluster: 512 }, 160, 60_032, Past::Below),
     ]
 }
