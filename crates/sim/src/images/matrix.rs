@@ -55,13 +55,11 @@ const QCOW2: [&str; 19] = [
     "write_aio",
     "flush_to_disk",
 ];
-const QCOW: [&str; 10] = [
+const QCOW: [&str; 8] = [
     "header_load",
     "l1_load",
-    "l1_update",
     "l2_load",
     "l2_update",
-    "l2_alloc_write",
     "cluster_alloc",
     "read_backing",
     "write_aio",
