@@ -23,6 +23,8 @@ use super::subject::{DATA, Data, IMAGE, Kind, Past, Subject};
 use super::world::{Act, Class, Event, Fault, Notes, Operation, Pace, Rule, World, apply};
 use crate::dice::Dice;
 
+/// Bytes of a thread's stack.
+const STACK: usize = 32 << 20;
 /// All runs of a subject are the same up to their fault.
 const SEED: u64 = 26;
 /// Notes of the ledger that fail, from the first on.
@@ -53,13 +55,11 @@ const QCOW2: [&str; 19] = [
     "write_aio",
     "flush_to_disk",
 ];
-const QCOW: [&str; 10] = [
+const QCOW: [&str; 8] = [
     "header_load",
     "l1_load",
-    "l1_update",
     "l2_load",
     "l2_update",
-    "l2_alloc_write",
     "cluster_alloc",
     "read_backing",
     "write_aio",
@@ -140,13 +140,14 @@ fn cases() -> Vec<Case> {
         case("vhd", vhd(), 24, 0, Past::Below),
         case("vhd over raw", vhd(), 24, 65_536, Past::Below),
         case("vhd over qcow over raw", vhd(), 24, 98_304, Past::Between(Format::Qcow)),
-        case("qcow", Kind::Qcow { cluster: 512 }, 160, 0, Past::Below),
+        // A table tells of 512 clusters: the last one needs a third.
+        case("qcow", Kind::Qcow { cluster: 512 }, 1100, 0, Past::Below),
         case("qcow over raw", Kind::Qcow { cluster: 512 }, 160, 60_032, Past::Below),
     ]
 }
 
-/// Clusters of a disk that, with its tables and a snapshot, leaves no room below 2 MiB of its file.
-const FILLED: u64 = 3960;
+/// Clusters of a disk that, with its tables, a snapshot and the life before, leaves hardly any room below 2 MiB of its file.
+const FILLED: u64 = 3950;
 
 /// What guests have asked in a life before, so that there are tables to be loaded.
 fn prelude(unit: u64, size: u64) -> Vec<Request> {
@@ -208,8 +209,14 @@ pub fn rows(all: bool, ask_qemu: bool) -> Result<Vec<Row>, String> {
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let done: Vec<Result<Vec<(usize, Row)>, String>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a panic".into()))).collect()
+        // Without optimisations the futures of an image that is opened take more than a thread has at first.
+        let start = |_| std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
+        let threads: Vec<_> = (0..threads).map(start).collect();
+        let told = |_| "a thread has panicked".to_owned();
+        let join = |thread: std::io::Result<std::thread::ScopedJoinHandle<'_, _>>| {
+            thread.map_err(|error| error.to_string())?.join().map_err(told)?
+        };
+        threads.into_iter().map(join).collect()
     });
     let mut rows: Vec<(usize, Row)> =
         done.into_iter().collect::<Result<Vec<_>, String>>()?.into_iter().flatten().collect();
