@@ -73,7 +73,7 @@ impl Metadata {
                  guests were answered for is there, of the rest any part may be"
             );
         }
-        self.look_at(&words, check, lost).await?;
+        Box::pin(self.look_at(&words, check, lost)).await?;
         for (at, word) in &words {
             self.0.blocks.borrow_mut().set(*at, word.last);
         }

@@ -88,7 +88,7 @@ impl Qcow2 {
             },
             settings.ledger,
         );
-        metadata.take_over(async |file| super::check(&file, Repair::No).await).await?;
+        metadata.take_over(async |file| Box::pin(super::check(&file, Repair::No)).await).await?;
         let health = Rc::new(Health::new(&metadata, &header, settings.writable));
         let unpacked = Rc::new(Unpacked::default());
         let tables = Tables::open(&metadata, &header, &health, shape).await?;
