@@ -314,7 +314,9 @@ fn a_retired_place_comes_back_after_a_whole_round_and_the_last_pin() {
         metadata.set(&[(0, 1)]);
         metadata.retire(span(4096, 512));
         metadata.flush().await.unwrap();
-        handle.yield_now().await;
+        for _ in 0..16 {
+            handle.yield_now().await;
+        }
         assert_eq!(*taken.0.borrow(), [], "somebody still reads there");
         let late = metadata.pin();
         drop(reader);

@@ -12,7 +12,7 @@ use storage::conformance::Random;
 use storage::file::{Cache, Options, open};
 use storage::{File, Storage, Zeroing};
 
-use crate::tools::{check, qemu_img, qemu_img_says, scratch};
+use crate::tools::{check, is_long, qemu_img, qemu_img_says, scratch};
 
 /// A way to make an image; words as `qemu-img create -o` knows them.
 #[derive(Clone, Debug)]
@@ -265,16 +265,16 @@ fn exercise_all(make: Make) {
             continue;
         }
         let mut subject = Subject::new(make.clone());
-        subject.exercise(seed, 12);
+        let rounds = if is_long() { 24 } else { 10 };
+        subject.exercise(seed, rounds);
         if make.snapshot {
             subject.snapshot("one");
         }
-        subject.exercise(seed + 100, 12);
-        subject.exercise(seed + 200, 6);
+        subject.exercise(seed + 100, rounds);
         if make.snapshot {
             qemu_img(&["snapshot", "-d", "one", &subject.image()]);
             subject.kept = None;
-            subject.exercise(seed + 300, 6);
+            subject.exercise(seed + 200, rounds / 2);
         }
     }
 }
@@ -305,7 +305,7 @@ fn clusters_of_2_mib_hold_what_is_written() {
 #[test]
 fn counts_of_all_widths_count() {
     for bits in [1, 2, 4, 8, 32, 64] {
-        exercise_all(Make::new(1024, (3 << 20) + 512).with(&format!("refcount_bits={bits}")));
+        exercise_all(Make::new(1024, (1 << 20) + 512).with(&format!("refcount_bits={bits}")));
     }
 }
 

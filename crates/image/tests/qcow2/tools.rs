@@ -26,7 +26,12 @@ pub(crate) fn ram(bytes: &[u8]) -> Rc<dyn Storage> {
 
 /// One of how many states QEMU is asked about, unless `TESTS_LONG` is set: starting it takes most of a test's time.
 pub(crate) fn one_of(seldom: usize, often: usize) -> usize {
-    if std::env::var_os("TESTS_LONG").is_some() { often } else { seldom }
+    if is_long() { often } else { seldom }
+}
+
+/// Whether tests may take their time.
+pub(crate) fn is_long() -> bool {
+    std::env::var_os("TESTS_LONG").is_some()
 }
 
 /// A folder that is gone afterwards.

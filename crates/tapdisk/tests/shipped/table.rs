@@ -14,6 +14,7 @@ fn every_test_that_the_table_of_errors_names_exists() {
         let file = match file.split_once('/') {
             Some(("crates", file)) => crates.join(file),
             Some(("vhost" | "conformance" | "xen", _)) => crates.join(format!("guest/tests/{file}.rs")),
+            Some(("tools", _)) => crates.join(format!("tapdisk/tests/{file}.rs")),
             Some(("unit", file)) => crates.join(format!("guest/src/vhost/tests/{file}.rs")),
             Some(("blkif", file)) => crates.join(format!("guest/src/xen/tests/{file}.rs")),
             Some(_) => panic!("{words}: where is that?"),
