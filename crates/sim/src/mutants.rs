@@ -36,9 +36,10 @@ enum Catcher {
     Simulation,
     /// The simulation of images.
     Images,
-    /// Unit tests of this crate whose name starts so.
+    /// Tests of this crate whose name starts so: of its target of that name, or else unit tests.
     Tests {
         package: String,
+        target: Option<String>,
         prefix: String,
     },
 }
@@ -126,7 +127,7 @@ impl Mutant {
     ///
     /// ```text
     /// What it breaks, in a sentence.
-    /// tests: crate beginning::of::names
+    /// tests: crate beginning::of::names (or crate/target)
     /// file: crates/…/….rs
     /// <<<<
     /// text to find
@@ -147,7 +148,10 @@ impl Mutant {
             if let Some((package, prefix)) =
                 line.strip_prefix("tests: ").and_then(|rest| rest.split_once(' '))
             {
-                catcher = Catcher::Tests { package: package.into(), prefix: prefix.into() };
+                let (package, target) = package
+                    .split_once('/')
+                    .map_or((package, None), |(package, target)| (package, Some(target.into())));
+                catcher = Catcher::Tests { package: package.into(), target, prefix: prefix.into() };
             } else if line == "simulation: images" {
                 catcher = Catcher::Images;
             } else if let Some(path) = line.strip_prefix("file: ") {
@@ -245,8 +249,13 @@ impl Workshop {
                 self.build(&["build", "--quiet", "--package", "sim"])?;
                 self.simulate(&["--images", "--runs", SEEDS])
             }
-            Catcher::Tests { package, prefix } => {
-                let said = self.build(&["test", "--no-run", "--package", package, "--lib"])?;
+            Catcher::Tests { package, target, prefix } => {
+                let mut arguments = vec!["test", "--no-run", "--package", package];
+                match target {
+                    Some(target) => arguments.extend(["--test", target]),
+                    None => arguments.push("--lib"),
+                }
+                let said = self.build(&arguments)?;
                 // "Executable unittests src/lib.rs (/…/deps/guest-0123)"
                 let path = said.lines().find_map(|line| {
                     let (_, path) = line.trim().strip_prefix("Executable ")?.split_once('(')?;
@@ -385,8 +394,14 @@ mod tests {
             assert!(format!("{error:#}").contains(named), "{error:#}");
         }
         let text = "Breaks.\ntests: guest xen::\nfile: src/lib.rs\n<<<<\na\n====\n>>>>\n";
-        let expected = Catcher::Tests { package: "guest".into(), prefix: "xen::".into() };
-        assert_eq!(Mutant::parse("tests".into(), text).unwrap().catcher, expected);
+        let tests = |target: Option<&str>| Catcher::Tests {
+            package: "guest".into(),
+            target: target.map(Into::into),
+            prefix: "xen::".into(),
+        };
+        assert_eq!(Mutant::parse("tests".into(), text).unwrap().catcher, tests(None));
+        let text = text.replace("guest xen", "guest/nbd xen");
+        assert_eq!(Mutant::parse("tests".into(), &text).unwrap().catcher, tests(Some("nbd")));
         assert!(Mutant::parse("none".into(), "Breaks nothing.\n").is_err());
         assert!(Mutant::parse("odd".into(), "Breaks.\nwhat is this\n").is_err());
     }

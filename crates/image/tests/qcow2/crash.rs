@@ -7,13 +7,15 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use block::{Buf, Error, Limits, Run, Span};
-use image::Repair;
 use image::qcow2::{
-    Header, apply_snapshot, check as our_check, delete_snapshot, prepare, resize, snapshots, take_snapshot,
+    Header, Qcow2, apply_snapshot, check as our_check, delete_snapshot, prepare, resize, snapshots,
+    take_snapshot,
 };
+use image::{Chain, Repair, Settings};
 use storage::conformance::Random;
 use storage::{Io, Ram, Storage, Zeroing};
 
+use crate::disk::runtime;
 use crate::tools::{bytes, load, now, one_of, qemu_img, qemu_img_says, qemu_io, ram, save, scratch};
 
 /// What changes a file.
@@ -361,6 +363,46 @@ fn a_header_that_gets_other_names_has_the_old_ones_or_the_new_ones() {
                 let found = found.backing_file.as_ref().map(|name| (name.clone(), format.unwrap()));
                 assert!(allowed.contains(&found), "{options}, {len} to {}: {found:?}", new.len());
             }
+        }
+    }
+}
+
+#[test]
+fn a_refcount_table_that_gets_a_new_place_is_whole_after_each_cut() {
+    let folder = scratch();
+    let path = folder.path().join("image");
+    // A cluster of the table leads to 64 blocks, each of which counts 64 clusters: 2 MiB of the file.
+    let options = "cluster_size=512,refcount_bits=64";
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), "3M"]);
+    qemu_io(&path, &["write -P 1 0 1900k"]);
+    let sound = bytes(&load(&path));
+    let recorder = Recorder::new(&sound);
+    let file: Rc<dyn Storage> = recorder.clone();
+    let runtime = runtime();
+    let handle = runtime.handle().clone();
+    runtime.block_on(async move {
+        let header = Header::read(&file).await.unwrap();
+        let settings = Settings { writable: true, ..Settings::default() };
+        let image = Qcow2::open(&handle, header, file, None, settings).await.unwrap();
+        let chain = Chain::new(&handle, Rc::new(image));
+        for at in (2 << 20..(2 << 20) + (256 << 10)).step_by(16 << 10) {
+            chain.write(at, Buf::from_bytes(&[7; 16 << 10])).await.unwrap();
+        }
+        chain.close().await.unwrap();
+    });
+    let table = |file: &[u8]| now(Header::read(&ram(file))).unwrap().refcount_table_at;
+    let ended = bytes(&(recorder.clone() as Rc<dyn Storage>));
+    assert_ne!(table(&ended), table(&sound), "it has the same place as before");
+    let (old, new) = (disk(&sound, folder.path()), disk(&ended, folder.path()));
+    let states = states(&sound, &recorder.events.borrow(), 11);
+    for (number, state) in states.iter().enumerate() {
+        let context = format!("state {number} of {}", states.len());
+        let report = now(our_check(&ram(state), Repair::No)).unwrap();
+        assert!(report.is_safe(), "{context}: {report:#?}");
+        if number % one_of(67, 17) == 0 {
+            let shown = disk(state, folder.path());
+            let fits = |at: usize| shown[at] == old[at] || shown[at] == new[at];
+            assert!((0..shown.len()).all(fits), "{context}");
         }
     }
 }

@@ -39,7 +39,7 @@ impl Make {
     }
 }
 
-fn runtime() -> Runtime {
+pub(crate) fn runtime() -> Runtime {
     let pool = block::Pool::new(64 << 20);
     let uring = Uring::open(RingFlags::Auto, &pool).unwrap();
     Runtime::new(Box::new(uring), pool)
