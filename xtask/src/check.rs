@@ -14,7 +14,11 @@ pub(crate) fn run() -> Result<()> {
         let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         run_command(&mut cargo(lints))
     });
-    report.part("tests", || run_command(&mut cargo(["test", "--quiet", "--workspace"])));
+    // Those of the whole binary take minutes: they are a part of ci, which runs them on a file system that fails, too.
+    report.part("tests", || {
+        run_command(&mut cargo(["test", "--quiet", "--workspace", "--exclude", "tapdisk"]))?;
+        run_command(&mut cargo(["test", "--quiet", "--package", "tapdisk", "--bins"]))
+    });
     report.table();
     println!("{}", report.total());
     report.judge("check")
