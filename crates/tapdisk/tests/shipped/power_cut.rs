@@ -30,6 +30,9 @@ struct Sector {
     answered: usize,
     /// The last value that is surely durable.
     floor: usize,
+    /// Values that a server had begun to write when it died. Its successor shows an older one, by what it knows of the map;
+    /// until that is durable, who knows nothing of it may find one of these.
+    begun: Vec<u64>,
     /// A write or zeroing of it is not answered: no second one is sent, so that the order is known.
     is_busy: bool,
 }
@@ -86,7 +89,7 @@ impl Workload {
 
     /// On a disk of zeroes, without a client yet.
     pub(crate) fn on_zeroes(shape: Shape, seed: u64) -> Workload {
-        let fresh = || Sector { values: vec![0], answered: 0, floor: 0, is_busy: false };
+        let fresh = || Sector { values: vec![0], answered: 0, floor: 0, begun: Vec::new(), is_busy: false };
         Workload {
             shape,
             sectors: (0..shape.sectors).map(|_| fresh()).collect(),
@@ -126,7 +129,7 @@ impl Workload {
                 let value = u64::from_be_bytes(found[..8].try_into().unwrap());
                 let last =
                     sector.values.iter().rposition(|written| *written == value).expect("it was checked");
-                sector.values.truncate(last + 1);
+                sector.begun.extend(sector.values.drain(last + 1..));
                 sector.answered = last;
                 sector.floor = (*floor).min(last);
             }
@@ -183,12 +186,14 @@ impl Workload {
                     sector.answered = sector.values.len() - 1;
                     if fua {
                         sector.floor = sector.answered;
+                        sector.begun.clear();
                     }
                 }
             }
             Sent::Flush => {
                 for (sector, covered) in self.sectors.iter_mut().zip(covered) {
                     sector.floor = sector.floor.max(covered);
+                    sector.begun.clear();
                 }
             }
         }
@@ -196,11 +201,20 @@ impl Workload {
 
     /// Compares with what a server of the remains reads; gives how many sectors have lost what was answered for them.
     pub(crate) fn check(&self, client: &mut Client, what: &str) -> u64 {
-        self.compare(what, |at, len| client.read(at, len).unwrap().0)
+        self.compare(what, |_| &[], |at, len| client.read(at, len).unwrap().0)
     }
 
-    /// The same, with bytes from anywhere.
-    pub(crate) fn compare(&self, what: &str, mut read: impl FnMut(u64, u64) -> Vec<u8>) -> u64 {
+    /// The same, with bytes as they are in the image for whoever knows nothing of its ledger.
+    pub(crate) fn check_without_ledger(&self, what: &str, read: impl FnMut(u64, u64) -> Vec<u8>) -> u64 {
+        self.compare(what, |sector| &sector.begun, read)
+    }
+
+    fn compare(
+        &self,
+        what: &str,
+        also: impl Fn(&Sector) -> &[u64],
+        mut read: impl FnMut(u64, u64) -> Vec<u8>,
+    ) -> u64 {
         let mut lost = 0;
         for (group, sectors) in self.sectors.chunks(GROUP as usize).enumerate() {
             let bytes = read(group as u64 * self.shape.spread, sectors.len() as u64 * SECTOR);
@@ -211,10 +225,10 @@ impl Workload {
                     found.chunks(8).all(|word| word == value.to_be_bytes()),
                     "{what}: sector {number} is torn"
                 );
-                let allowed = &sector.values[sector.floor..];
+                let (allowed, also) = (&sector.values[sector.floor..], also(sector));
                 assert!(
-                    allowed.contains(&value),
-                    "{what}: sector {number} holds {value}, allowed are {allowed:?}"
+                    allowed.contains(&value) || also.contains(&value),
+                    "{what}: sector {number} holds {value}, allowed are {allowed:?} and {also:?}"
                 );
                 lost += u64::from(value != sector.values[sector.answered]);
             }
