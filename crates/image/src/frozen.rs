@@ -157,7 +157,9 @@ impl<L: Ledger> Ledger for FrozenLedger<L> {
 
     fn begin(&self) {}
 
-    fn end(&self) {}
+    fn end(&self) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

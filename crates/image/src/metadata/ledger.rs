@@ -46,6 +46,8 @@ pub trait Ledger {
     /// A round begins: it writes all that was noted so far. One that fails has no end, and the next one begins.
     fn begin(&self);
 
-    /// The round that began last has ended well: what was noted before it is forgotten.
-    fn end(&self);
+    /// The round that began last has ended well: what was noted before it is forgotten. Gives whether that is all of it.
+    /// Where it is not, a successor may still bring any of it back to where it was: no place of which it speaks may be used
+    /// for anything else before another round has ended with `true`.
+    fn end(&self) -> bool;
 }

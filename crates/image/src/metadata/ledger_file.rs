@@ -52,6 +52,8 @@ struct State {
     current: usize,
     /// Those of lower generations are forgotten when the round ends.
     begun: u64,
+    /// Whether these have all that was noted before the round.
+    is_divided: bool,
     /// For what is written next.
     bytes: Vec<u8>,
 }
@@ -110,7 +112,7 @@ impl LedgerFile {
         }
         let newest = files.iter().enumerate().rev().max_by_key(|(_, file)| file.number);
         let current = newest.map_or(0, |(place, _)| place);
-        let mut state = State { files, current, begun: 0, bytes: Vec::new() };
+        let mut state = State { files, current, begun: 0, is_divided: false, bytes: Vec::new() };
         let newest = state.current();
         newest.number = newest.number.max(1);
         Ok(LedgerFile {
@@ -165,19 +167,22 @@ impl Ledger for LedgerFile {
     fn begin(&self) {
         let state = &mut *self.state.borrow_mut();
         let number = state.current().number;
-        state.begun = number;
+        (state.begun, state.is_divided) = (number, true);
         if state.current().end == 0 {
             return;
         }
-        // With none free, what is noted from now on is forgotten a round later than it might be.
-        if let Some(free) = state.files.iter().position(|file| file.end == 0) {
-            state.current = free;
-            state.begun = number + 1;
-            state.current().number = state.begun;
+        match state.files.iter().position(|file| file.end == 0) {
+            Some(free) => {
+                state.current = free;
+                state.begun = number + 1;
+                state.current().number = state.begun;
+            }
+            // What is noted from now on is not to be told from what was noted before; the end of this round frees others.
+            None => state.is_divided = false,
         }
     }
 
-    fn end(&self) {
+    fn end(&self) -> bool {
         let state = &mut *self.state.borrow_mut();
         let begun = state.begun;
         let mut old: Vec<&mut Generation> =
@@ -188,9 +193,10 @@ impl Ledger for LedgerFile {
             if let Err(error) = file.empty() {
                 let path = file.path.display();
                 tracing::warn!(%path, %error, "what is in the image cannot be taken out of its ledger; tried again");
-                return;
+                return false;
             }
         }
+        state.is_divided
     }
 }
 

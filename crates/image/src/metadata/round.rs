@@ -130,7 +130,8 @@ fn start(inner: &Rc<Inner>) {
     inner.rounds.begun.set(inner.rounds.begun.get() + 1);
     let round = inner.clone();
     inner.handle.spawn(async move {
-        let mut running = Running { inner: round, copies: Vec::new(), stored: false, result: None };
+        let mut running =
+            Running { inner: round, copies: Vec::new(), retired: Vec::new(), notes: 0, result: None };
         let result = running.run().await;
         running.result = Some(result);
     });
@@ -140,42 +141,58 @@ fn start(inner: &Rc<Inner>) {
 struct Running {
     inner: Rc<Inner>,
     copies: Vec<Copy>,
-    stored: bool,
+    /// What nothing that is durable points to when it has ended.
+    retired: Vec<Span>,
+    /// How many changes the ledger is to forget.
+    notes: usize,
     result: Option<Result<()>>,
 }
 
 impl Running {
     async fn run(&mut self) -> Result<()> {
         let inner = self.inner.clone();
-        // What is in the copies is in the ledger too, so that a successor knows whose it is.
-        inner.note();
-        if let Some(ledger) = &inner.ledger {
-            ledger.begin();
-        }
-        let notes = inner.notes.replace(0);
-        self.copies = inner.blocks.borrow_mut().copy_dirty();
-        let retired = inner.retired.take();
-        let epoch = inner.pins.turn();
-        match self.store().await {
-            Ok(()) => {
-                if let Some(ledger) = &inner.ledger {
-                    ledger.end();
-                }
+        // Where the ledger could not tell what was noted before the first pass, it can before the second.
+        for _ in 0..2 {
+            let epoch = self.begin();
+            self.store().await?;
+            self.written(true);
+            if inner.ledger.as_ref().is_none_or(|ledger| ledger.end()) {
                 // What could not be noted is in the image, if nothing was changed meanwhile, and there may be room in the
                 // ledger again.
                 if inner.blocks.borrow().dirty() == 0 {
                     inner.ledger_failed.set(false);
                 }
-                self.stored = true;
-                reclaim(&inner, retired, epoch);
-                Ok(())
-            }
-            Err(error) => {
-                inner.notes.set(inner.notes.get() + notes);
-                inner.retired.borrow_mut().splice(0..0, retired);
-                Err(error)
+                self.notes = 0;
+                reclaim(&inner, std::mem::take(&mut self.retired), epoch);
+                return Ok(());
             }
         }
+        // All is durable, but a successor would bring some of it back to where it was: what is retired stays so, and what is
+        // safe in the image alone is not safe.
+        if inner.ledger_failed.get() {
+            return Err(Error::new(Errno::EIO, "take what is in the image out of its ledger"));
+        }
+        Ok(())
+    }
+
+    /// What has changed until now, and was retired until now, is this round's; gives the epoch that ends here.
+    fn begin(&mut self) -> u64 {
+        let inner = &self.inner;
+        // What is in the copies is in the ledger too, so that a successor knows whose it is.
+        inner.note();
+        if let Some(ledger) = &inner.ledger {
+            ledger.begin();
+        }
+        self.notes += inner.notes.replace(0);
+        self.copies = inner.blocks.borrow_mut().copy_dirty();
+        self.retired.append(&mut inner.retired.borrow_mut());
+        inner.pins.turn()
+    }
+
+    /// The copies are stored, or given up.
+    fn written(&mut self, stored: bool) {
+        let mut blocks = self.inner.blocks.borrow_mut();
+        self.copies.drain(..).for_each(|copy| blocks.written(copy.number, stored));
     }
 
     /// Writes the copies: first the data must be durable, then stage after stage.
@@ -217,10 +234,11 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let rounds = &self.inner.rounds;
-        let mut blocks = self.inner.blocks.borrow_mut();
-        self.copies.iter().for_each(|copy| blocks.written(copy.number, self.stored));
-        drop(blocks);
+        self.written(false);
+        let inner = &self.inner;
+        inner.notes.set(inner.notes.get() + self.notes);
+        inner.retired.borrow_mut().splice(0..0, self.retired.drain(..));
+        let rounds = &inner.rounds;
         let number = rounds.begun.get();
         let lost = || Err(Error::new(Errno::EIO, "writing metadata was given up before its end"));
         if let Err(error) = self.result.take().unwrap_or_else(lost)

@@ -80,9 +80,10 @@ impl Storage for Spy {
     }
 }
 
-/// A ledger in memory, which outlives the metadata that notes there.
+/// A ledger in memory, which outlives the metadata that notes there: what was noted and how much of it the round writes;
+/// whether noting fails; whether that has failed; at how many begins of rounds it can not tell what was noted before.
 #[derive(Clone, Default)]
-struct Notes(Rc<RefCell<(Vec<Change>, usize)>>, Rc<Cell<bool>>, Rc<Cell<bool>>);
+struct Notes(Rc<RefCell<(Vec<Change>, usize)>>, Rc<Cell<bool>>, Rc<Cell<bool>>, Rc<Cell<u32>>);
 
 impl Ledger for Notes {
     fn changes(&self) -> io::Result<Vec<Change>> {
@@ -104,12 +105,13 @@ impl Ledger for Notes {
 
     fn begin(&self) {
         let notes = &mut *self.0.borrow_mut();
-        notes.1 = notes.0.len();
+        notes.1 = if self.3.get() == 0 { notes.0.len() } else { 0 };
     }
 
-    fn end(&self) {
+    fn end(&self) -> bool {
         let notes = &mut *self.0.borrow_mut();
         notes.0.drain(..notes.1);
+        self.3.replace(self.3.get().saturating_sub(1)) == 0
     }
 }
 
@@ -291,22 +293,30 @@ fn without_a_ledger_that_works_what_is_saved_is_in_the_image() {
     });
 }
 
+/// Who takes back what was retired.
+#[derive(Default)]
+struct Taken(RefCell<Vec<Span>>);
+
+impl Reclaim for Taken {
+    fn reclaim(&self, place: Span) -> Io<'_> {
+        self.0.borrow_mut().push(place);
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+async fn a_while(handle: &Handle) {
+    for _ in 0..16 {
+        handle.yield_now().await;
+    }
+}
+
 #[test]
 fn a_retired_place_comes_back_after_a_whole_round_and_the_last_pin() {
-    struct Taken(RefCell<Vec<Span>>);
-
-    impl Reclaim for Taken {
-        fn reclaim(&self, place: Span) -> Io<'_> {
-            self.0.borrow_mut().push(place);
-            Box::pin(std::future::ready(Ok(())))
-        }
-    }
-
     let subject = Subject::new();
     let metadata = subject.open();
     let handle = subject.runtime.handle().clone();
     subject.runtime.block_on(async move {
-        let taken = Rc::new(Taken(RefCell::default()));
+        let taken = Rc::new(Taken::default());
         let weak: Weak<Taken> = Rc::downgrade(&taken);
         metadata.on_reclaim(weak);
         let _held = metadata.load(span(0, 8), 2).await.unwrap();
@@ -314,9 +324,7 @@ fn a_retired_place_comes_back_after_a_whole_round_and_the_last_pin() {
         metadata.set(&[(0, 1)]);
         metadata.retire(span(4096, 512));
         metadata.flush().await.unwrap();
-        for _ in 0..16 {
-            handle.yield_now().await;
-        }
+        a_while(&handle).await;
         assert_eq!(*taken.0.borrow(), [], "somebody still reads there");
         let late = metadata.pin();
         drop(reader);
@@ -325,6 +333,53 @@ fn a_retired_place_comes_back_after_a_whole_round_and_the_last_pin() {
         }
         assert_eq!(*taken.0.borrow(), [span(4096, 512)]);
         drop(late);
+    });
+}
+
+#[test]
+fn a_retired_place_does_not_come_back_while_the_ledger_still_speaks_of_it() {
+    let subject = Subject::new();
+    let metadata = subject.open();
+    let (handle, notes) = (subject.runtime.handle().clone(), subject.notes.clone());
+    subject.runtime.block_on(async move {
+        let taken = Rc::new(Taken::default());
+        let weak: Weak<Taken> = Rc::downgrade(&taken);
+        metadata.on_reclaim(weak);
+        let _held = metadata.load(span(0, 8), 2).await.unwrap();
+        metadata.set(&[(0, 1)]);
+        metadata.saved().await.unwrap();
+        metadata.retire(span(4096, 512));
+        // Neither pass of the round empties the ledger; what was flushed is durable all the same.
+        notes.3.set(2);
+        metadata.flush().await.unwrap();
+        a_while(&handle).await;
+        assert_eq!((notes.0.borrow().0.len(), taken.0.borrow().len()), (1, 0));
+        assert!(metadata.is_dirty(), "there is something left for the next round");
+        // The first pass does not, and the second one does.
+        notes.3.set(1);
+        metadata.flush().await.unwrap();
+        a_while(&handle).await;
+        assert_eq!((notes.0.borrow().0.len(), taken.0.take()), (0, vec![span(4096, 512)]));
+        assert!(!metadata.is_dirty());
+    });
+}
+
+#[test]
+fn what_cannot_be_noted_is_not_saved_while_the_ledger_has_something_older() {
+    let subject = Subject::new();
+    let metadata = subject.open();
+    let notes = subject.notes.clone();
+    subject.runtime.block_on(async move {
+        let _held = metadata.load(span(0, 8), 2).await.unwrap();
+        metadata.set(&[(0, 1)]);
+        metadata.saved().await.unwrap();
+        notes.1.set(true);
+        notes.3.set(2);
+        // A successor would find the old 0 in the file, take it for what was there before the note, and write the 1.
+        metadata.set(&[(0, 0)]);
+        assert_eq!(metadata.saved().await.unwrap_err().errno(), Errno::EIO);
+        metadata.saved().await.unwrap();
+        assert_eq!(notes.0.borrow().0.len(), 0);
     });
 }
 

@@ -346,8 +346,9 @@ impl Ledger for Notes {
         self.1.set(self.0.borrow().len());
     }
 
-    fn end(&self) {
+    fn end(&self) -> bool {
         self.0.borrow_mut().drain(..self.1.get());
+        true
     }
 }
 

@@ -131,8 +131,8 @@ impl Ledger for Book {
         self.0.begin_round();
     }
 
-    fn end(&self) {
-        self.0.end_round();
+    fn end(&self) -> bool {
+        self.0.end_round()
     }
 }
 

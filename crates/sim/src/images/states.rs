@@ -98,7 +98,7 @@ impl<'a> Replay<'a> {
                 Event::Noted(group) => self.notes.note(group.clone()),
                 Event::NotNoted => self.notes.miss(),
                 Event::RoundBegun => self.notes.begin(),
-                Event::RoundEnded => self.notes.end(),
+                Event::RoundEnded => drop(self.notes.end()),
                 Event::Guest => {}
             }
         }

@@ -156,17 +156,18 @@ impl Toy {
 
     /// Brings the map to the file, and the ledger to its end.
     async fn round(&self) -> Result<()> {
-        if let Some(ledger) = &self.ledger {
-            ledger.begin();
+        loop {
+            if let Some(ledger) = &self.ledger {
+                ledger.begin();
+            }
+            self.write_dirty().await?;
+            if self.flaw != Flaw::NoSync {
+                self.file.flush().await?;
+            }
+            if self.ledger.as_ref().is_none_or(|ledger| ledger.end()) {
+                return Ok(());
+            }
         }
-        self.write_dirty().await?;
-        if self.flaw != Flaw::NoSync {
-            self.file.flush().await?;
-        }
-        if let Some(ledger) = &self.ledger {
-            ledger.end();
-        }
-        Ok(())
     }
 
     /// Writes what has changed, after the data that it points to.

@@ -13,6 +13,8 @@ use crate::dice::Dice;
 
 /// Turns of one life after which it is believed to go round in circles.
 const TURNS_MAX: u64 = 200_000;
+/// Begins of rounds that a ledger can tell from each other. A real one has a few more, and seldom needs them.
+const CUTS_MAX: usize = 1;
 
 /// What an operation does to its file.
 #[derive(Clone, Debug)]
@@ -160,8 +162,10 @@ struct Inner {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Notes {
     groups: Vec<Rc<[Change]>>,
-    /// How many of them the round under way writes.
-    begun: usize,
+    /// Before which of them a round has begun of which that can be told.
+    cuts: Vec<usize>,
+    /// How many of them are forgotten when the round under way ends, and whether that is all that it writes.
+    begun: (usize, bool),
     /// Behind so many of them one is missing.
     gap: Option<usize>,
 }
@@ -180,14 +184,28 @@ impl Notes {
         self.gap.is_none()
     }
 
+    /// As in the files of a real ledger, of which there are not many, the begins of few rounds can be told from others.
     pub(crate) fn begin(&mut self) {
-        self.begun = self.groups.len();
+        let (last, len) = (self.cuts.last().copied().unwrap_or(0), self.groups.len());
+        self.begun = if last == len {
+            (len, true)
+        } else if self.cuts.len() < CUTS_MAX {
+            self.cuts.push(len);
+            (len, true)
+        } else {
+            (last, false)
+        };
     }
 
-    pub(crate) fn end(&mut self) {
-        self.groups.drain(..self.begun);
-        self.gap = self.gap.and_then(|gap| gap.checked_sub(self.begun)).filter(|gap| *gap > 0);
-        self.begun = 0;
+    pub(crate) fn end(&mut self) -> bool {
+        let (begun, is_all) = std::mem::take(&mut self.begun);
+        self.groups.drain(..begun);
+        self.gap = self.gap.and_then(|gap| gap.checked_sub(begun)).filter(|gap| *gap > 0);
+        self.cuts.retain_mut(|cut| {
+            *cut = cut.saturating_sub(begun);
+            *cut > 0
+        });
+        is_all
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -411,10 +429,10 @@ impl World {
         inner.log.push(Event::RoundBegun);
     }
 
-    pub(crate) fn end_round(&self) {
+    pub(crate) fn end_round(&self) -> bool {
         let mut inner = self.inner.borrow_mut();
-        inner.ledger.end();
         inner.log.push(Event::RoundEnded);
+        inner.ledger.end()
     }
 }
 

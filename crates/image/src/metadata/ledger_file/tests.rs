@@ -79,15 +79,13 @@ fn what_a_round_that_failed_did_not_write_stays_until_one_ends_well() {
         assert_eq!(place.found(), group(0..number + 1));
     }
     ledger.note(&group(rounds..rounds + 1)).unwrap();
-    ledger.end();
-    // As many failures as that make it keep more than it must, but always the end of the history.
+    // As many failures as that make it keep more than it must, but always the end of the history, and it says so.
+    assert!(!ledger.end(), "what was noted last before the round is still there");
     let found = place.found();
     assert_eq!(found, group(rounds + 1 - found.len() as u64..rounds + 1));
     assert!(found.len() < rounds as usize, "and some of it is forgotten: {found:?}");
-    for _ in 0..2 {
-        ledger.begin();
-        ledger.end();
-    }
+    ledger.begin();
+    assert!(ledger.end());
     assert_eq!(place.found(), []);
 }
 
@@ -111,8 +109,14 @@ fn any_sequence_of_notes_rounds_and_deaths_gives_what_a_list_gives() {
                     (begun, running) = (noted, true);
                 }
                 8..=10 if running => {
-                    ledger.end();
+                    let is_all = ledger.end();
                     (forgotten, running) = (begun, false);
+                    if is_all {
+                        assert!(
+                            place.found().len() as u64 <= noted - begun,
+                            "it says that it has forgotten them"
+                        );
+                    }
                 }
                 11 => {
                     drop(ledger);
@@ -127,9 +131,11 @@ fn any_sequence_of_notes_rounds_and_deaths_gives_what_a_list_gives() {
             assert!(from <= forgotten, "{from} of {noted}: {forgotten} may be forgotten");
         }
         ledger.begin();
-        ledger.end();
+        let is_all = ledger.end();
         ledger.begin();
-        ledger.end();
+        assert!(ledger.end() || !is_all, "one round makes room for the next one's notes");
+        ledger.begin();
+        assert!(ledger.end());
         assert_eq!(place.found(), []);
     }
 }
