@@ -222,7 +222,7 @@ fn a_second_writer_is_refused_and_told_who_is_first() {
     let first = open(&path, &options(Cache::Direct)).unwrap();
     match open(&path, &options(Cache::Buffered)) {
         Err(OpenError::Busy { holder, .. }) => {
-            assert!(holder.contains(&std::process::id().to_string()), "{holder}");
+            assert!(holder.to_string().contains(&std::process::id().to_string()), "{holder}");
         }
         other => panic!("{other:?}"),
     }

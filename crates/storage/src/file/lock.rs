@@ -3,16 +3,30 @@
 //! The ring holds that description, so the lock of a process that died is let go of only when the kernel is done with
 //! the last request of its ring. Whoever holds the lock can be sure that nobody's late write follows.
 
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::{fmt, io};
 
 use rustix::fs::FlockOperation;
 
 pub(super) enum Error {
-    /// Somebody holds it: who, as far as the kernel tells.
-    Held(String),
+    Held(Holder),
     System(io::Error),
+}
+
+/// Who has an image.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    /// As far as the kernel tells.
+    who: String,
+    /// It is dead, and only the last requests of its ring are not.
+    pub(super) is_ending: bool,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.who)
+    }
 }
 
 /// Takes the lock or tells who has it.
@@ -30,21 +44,20 @@ pub(super) fn take(file: &std::fs::File, shared: bool) -> Result<(), Error> {
 }
 
 /// Who uses a block device that the kernel says is busy.
-pub(super) fn holder_of_device(path: &Path) -> String {
-    match std::fs::File::open(path).map(|file| find(&file)) {
-        Ok(Some(holder)) => holder,
-        Ok(None) | Err(_) => {
-            "the kernel or another process (mounted, part of a volume, or opened exclusively)".into()
-        }
-    }
+pub(super) fn holder_of_device(path: &Path) -> Holder {
+    let found = std::fs::File::open(path).ok().and_then(|file| find(&file));
+    found.unwrap_or_else(|| Holder {
+        who: "the kernel or another process (mounted, part of a volume, or opened exclusively)".into(),
+        is_ending: false,
+    })
 }
 
-fn holder(file: &std::fs::File) -> String {
-    find(file).unwrap_or_else(|| "another process".into())
+fn holder(file: &std::fs::File) -> Holder {
+    find(file).unwrap_or_else(|| Holder { who: "another process".into(), is_ending: false })
 }
 
 /// The process that /proc/locks names for this file (proc(5)); a dead one may still be named while its ring ends.
-fn find(file: &std::fs::File) -> Option<String> {
+fn find(file: &std::fs::File) -> Option<Holder> {
     let metadata = file.metadata().ok()?;
     let device = metadata.dev();
     let place =
@@ -58,8 +71,12 @@ fn find(file: &std::fs::File) -> Option<String> {
     })?;
     let reads =
         if kind == "READ" { ", which only reads it (maybe since another image stands on it)" } else { "" };
-    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
-        Ok(name) => Some(format!("process {pid} ({}){reads}", name.trim_end())),
-        Err(_) => Some(format!("process {pid}, which is ending")),
-    }
+    // "1234 (name) S 1 ...": the name may have any character in it.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let alive = stat.split_once(" (").and_then(|(_, rest)| rest.rsplit_once(") "));
+    let alive = alive.filter(|(_, rest)| !rest.starts_with(['Z', 'X']));
+    Some(match alive {
+        Some((name, _)) => Holder { who: format!("process {pid} ({name}){reads}"), is_ending: false },
+        None => Holder { who: format!("process {pid}, which is ending"), is_ending: true },
+    })
 }

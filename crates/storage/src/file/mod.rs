@@ -21,6 +21,7 @@ use runtime::{Allocate, Fd, Handle, Seek};
 
 use crate::permits::Permits;
 use crate::{Access, Io, RangeLocks, Storage, Zeroing};
+pub use lock::Holder;
 pub use open::{Cache, OpenError, Opened, Options, open};
 pub use record::{Record, Records};
 use sync::Sync;

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use block::Error;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
-use super::{Record, Records, lock};
+use super::lock::{self, Holder};
+use super::{Record, Records};
 
 /// How the host's page cache is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -30,7 +31,8 @@ pub struct Options {
     pub cache: Cache,
     /// Make a sparse file of this many bytes if there is none, or an empty one.
     pub create: Option<u64>,
-    /// How long to wait for another process to let go of the file.
+    /// How long to wait for another process to let go of the file. For one that is dead, and whose last requests the kernel
+    /// is still about, it is 10 seconds at least.
     pub wait: Duration,
     /// Where it is kept which files are poisoned; without it a crash of the process is forgetful. It has no say where
     /// writes are refused.
@@ -83,14 +85,14 @@ pub enum OpenError {
         /// What path.
         path: PathBuf,
         /// By whom, as far as the kernel tells.
-        holder: String,
+        holder: Holder,
         /// How long we waited for it.
         waited: Duration,
     },
 }
 
 fn after(waited: &Duration) -> String {
-    if waited.is_zero() { String::new() } else { format!(" (waited {} s for it)", waited.as_secs()) }
+    if waited.as_secs() == 0 { String::new() } else { format!(" (waited {} s for it)", waited.as_secs()) }
 }
 
 /// An image file, open and locked, and what was found out about it.
@@ -125,25 +127,31 @@ pub struct Opened {
     pub poison: Option<Error>,
 }
 
+/// For the last requests of a dead process.
+const ENDING: Duration = Duration::from_secs(10);
+
 /// Opens `path`; waits for a lock that another process holds, saying so.
 pub fn open(path: &Path, options: &Options) -> Result<Opened, OpenError> {
     let started = Instant::now();
     let mut said = false;
     loop {
-        match try_open(path, options) {
-            Err(OpenError::Busy { holder, .. }) if started.elapsed() < options.wait => {
-                if !said {
-                    let seconds = options.wait.as_secs();
-                    tracing::warn!(path = %path.display(), holder, "the image is in use: waiting up to {seconds} s");
-                    said = true;
-                }
-                std::thread::sleep(Duration::from_millis(100));
-            }
-            Err(OpenError::Busy { path, holder, .. }) => {
-                return Err(OpenError::Busy { path, holder, waited: options.wait });
-            }
+        let (path, holder) = match try_open(path, options) {
+            Err(OpenError::Busy { path, holder, .. }) => (path, holder),
             result => return result,
+        };
+        let wait = if holder.is_ending { options.wait.max(ENDING) } else { options.wait };
+        let waited = started.elapsed();
+        if waited >= wait {
+            return Err(OpenError::Busy { path, holder, waited });
         }
+        // Of the end of a dead process, which takes milliseconds as a rule, nothing is said at first.
+        let (quiet, pause) = if holder.is_ending { (1000, 10) } else { (0, 100) };
+        if !said && waited >= Duration::from_millis(quiet) {
+            let seconds = wait.as_secs();
+            tracing::warn!(path = %path.display(), %holder, "the image is in use: waiting up to {seconds} s");
+            said = true;
+        }
+        std::thread::sleep(Duration::from_millis(pause));
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nbd_client::{Request, Style};
 use rustix::fs::{Mode, OFlags};
@@ -138,6 +139,26 @@ fn a_restart_after_a_crash_waits_until_the_last_write_of_the_dead_is_done() {
     assert_eq!(client.write(0, &pattern(0, 4096, 2)), Ok(()));
     assert_eq!(client.read(0, 4096), Ok(pattern(0, 4096, 2)), "nothing late lands on newer data");
     assert!(successor.stop().status.success());
+}
+
+#[test]
+fn a_tool_that_looks_at_an_image_waits_for_the_last_write_of_a_dead_server() {
+    let Some(fs) = mount() else { return };
+    let server = Server::on(&fs, &[]);
+    let mut client = server.client(Style::Simple);
+    rule(&fs, "write:hang:once");
+    client.send(&Request::write(0, &pattern(0, 4096, 1))).unwrap();
+    assert!(fs.wait_hanging(1, LONG));
+    server.signal(Signal::KILL);
+    let image = fs.path().join(crate::server::IMAGE);
+    let mut tool = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+    tool.args(["map", "--format", "raw"]).arg(image);
+    let mut tool = tool.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(tool.try_wait().unwrap(), None, "it has not given up");
+    assert_eq!(fs.release(), 1);
+    let output = tool.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A loop device over a new file of 32 MiB.
