@@ -154,6 +154,10 @@ fn damages_are_counted_as_qemu_img_counts_them() {
             *theirs.get_mut("allocated-clusters").unwrap() -= 1;
             *theirs.get_mut("fragmented-clusters").unwrap() -= 1;
         }
+        if *what == "a count that is too high" {
+            // And this one also as a mark that does not fit the count. But it fits the references.
+            *theirs.get_mut("corruptions").unwrap() -= 1;
+        }
         compare(&report, &theirs, what);
     }
 }

@@ -7,8 +7,8 @@
 //! 1. entries that make no sense are taken out (what they pointed to leaks),
 //! 2. counts that are too low are raised, or all counts are written anew and the header switches to them in one sector,
 //! 3. entries of the disk that lead to one and the same cluster get copies of it,
-//! 4. counts that are too high are lowered,
-//! 5. marks for writing in place are set and cleared by the counts,
+//! 4. marks for writing in place are set and cleared by the counts as they are about to be,
+//! 5. counts that are too high are lowered,
 //! 6. the bits of the header that say that something is wrong are cleared, after another check.
 
 mod copied;
@@ -29,6 +29,7 @@ use storage::Storage;
 
 use super::header::{Header, autoclear, incompatible};
 use crate::{ImageError, Repair, Report};
+use copied::Truth;
 use counter::Counter;
 use stored::{Change, Differences, Stored};
 use walk::{Entries, Faults, MEMORY, Walk};
@@ -110,6 +111,7 @@ async fn inspect(file: &Rc<dyn Storage>, header: &Header) -> Result<Found> {
     let mut counts = Differences::default();
     let mut faults = Faults::default();
     let mut entries = Entries::Note;
+    let mut marks = 0;
     loop {
         let mut walk = Walk::new(file, header, &mut report, &plan);
         walk.references(&mut counter, entries, Some(&stored.table)).await?;
@@ -130,13 +132,13 @@ async fn inspect(file: &Rc<dyn Storage>, header: &Header) -> Result<Found> {
         report.leaks += found.leaks;
         report.corruptions += found.corruptions;
         add(&mut counts, found);
+        let mut walk = Walk::new(file, header, &mut report, &plan);
+        let active = walk.active();
+        marks += walk.marks(&mut stored, active, Truth::References(&counter), false).await?;
         if !counter.advance() {
             break;
         }
     }
-    let mut walk = Walk::new(file, header, &mut report, &plan);
-    let active = walk.active();
-    let marks = walk.marks(&mut stored, active, false).await?;
     report.corruptions += marks;
     report.corruptions += misplaced::misplaced(file, header, &mut report, false).await?;
     let within = shared::within_l1(file, header).await;
@@ -209,20 +211,12 @@ async fn mend(
     Ok(())
 }
 
-/// Gives back what nothing refers to, then sets the marks for writing in place by the counts.
+/// Sets the marks for writing in place by what refers, then gives back what nothing refers to.
 ///
 /// # Errors
 /// The storage's.
 pub(super) async fn settle(file: &Rc<dyn Storage>, header: &Header) -> Result<()> {
-    let plan = Plan::default();
-    sweep(file, header, &plan, Change::Lower).await?;
-    let mut scratch = Report::default();
-    let mut stored = Stored::read(file, header).await?;
-    let mut walk = Walk::new(file, header, &mut scratch, &plan);
-    let active = walk.active();
-    if walk.marks(&mut stored, active, true).await? > 0 {
-        file.flush().await?;
-    }
+    sweep(file, header, &Plan::default(), Change::Lower).await?;
     Ok(())
 }
 
@@ -263,7 +257,7 @@ pub(super) async fn unmark(file: &Rc<dyn Storage>, header: &Header, plan: &Plan)
     let mut roots = vec![walk.active()];
     roots.extend_from_slice(&plan.roots);
     for root in roots {
-        walk.marks(&mut stored, root, true).await?;
+        walk.marks(&mut stored, root, Truth::Counts, true).await?;
     }
     file.flush().await
 }
@@ -289,7 +283,8 @@ pub(super) async fn free_run(
     Stored::read(file, header).await?.free_run(clusters, taken).await
 }
 
-/// Changes counts to what refers and what is planned to. What is lowered to nothing is given back to the file's storage.
+/// Changes counts to what refers and what is planned to. Before any is lowered the marks become what they should be then: a
+/// count that is too high bears both kinds. What is lowered to nothing is given back to the file's storage.
 async fn sweep(file: &Rc<dyn Storage>, header: &Header, plan: &Plan, change: Change) -> Result<Differences> {
     let mut scratch = Report::default();
     let mut stored = Stored::read(file, header).await?;
@@ -298,6 +293,12 @@ async fn sweep(file: &Rc<dyn Storage>, header: &Header, plan: &Plan, change: Cha
     loop {
         let mut walk = Walk::new(file, header, &mut scratch, plan);
         walk.references(&mut counter, Entries::Known, Some(&stored.table)).await?;
+        let active = walk.active();
+        if change == Change::Lower
+            && walk.marks(&mut stored, active, Truth::References(&counter), true).await? > 0
+        {
+            file.flush().await?;
+        }
         let mut free: Vec<std::ops::Range<u64>> = Vec::new();
         let differs = |cluster: u64, _count: u64, references: u64| {
             if change != Change::Lower || references > 0 {
