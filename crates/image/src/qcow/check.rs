@@ -25,6 +25,18 @@ const CLUSTERS_MAX: u64 = 1 << 31;
 /// It is no image that can be checked, or repairing failed; repairing again is safe. Where reading failed the report says
 /// so instead.
 pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
+    look(file, repair, true).await
+}
+
+/// Looks whether the tables make sense, and not for leaks: for these all would be read that the file has and nothing leads to.
+///
+/// # Errors
+/// It is no image that can be checked.
+pub(super) async fn faults(file: &Rc<dyn Storage>) -> Result<Report, ImageError> {
+    look(file, Repair::No, false).await
+}
+
+async fn look(file: &Rc<dyn Storage>, repair: Repair, leaks: bool) -> Result<Report, ImageError> {
     let header = Header::read(file).await?;
     header.readable()?;
     let geometry = header.geometry;
@@ -57,7 +69,9 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
     if check.report.corruptions_fixed > 0 {
         file.flush().await?;
     }
-    check.leaks(header.xen().is_some_and(|xen| !xen.sparse)).await?;
+    if leaks {
+        check.leaks(header.xen().is_some_and(|xen| !xen.sparse)).await?;
+    }
     Ok(check.report)
 }
 

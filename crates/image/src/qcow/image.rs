@@ -13,7 +13,7 @@ use super::entry::{Entry, Geometry, Nonsense};
 use super::space::Space;
 use super::{Header, POINTERS, STAGES};
 use crate::metadata::{self, Loaded, Metadata, UnitLock, Units};
-use crate::{Extent, Image, ImageError, Placement, Repair, Settings, Zeroed};
+use crate::{Extent, Image, ImageError, Placement, Settings, Zeroed};
 
 /// A placement of new clusters has no more bytes than this, or one cluster.
 const PLACED_MAX: u64 = 2 << 20;
@@ -81,7 +81,7 @@ impl Qcow {
         let ledger = ledger.filter(|_| writable);
         let metadata = Metadata::new(handle, file.clone(), Vec::new(), of_metadata, ledger);
         let header =
-            match metadata.take_over(async |file| Box::pin(super::check(&file, Repair::No)).await).await? {
+            match metadata.take_over(async |file| Box::pin(super::check::faults(&file)).await).await? {
                 0 => header,
                 // The size and the place of a table may be among what was taken over.
                 _ => {
