@@ -209,8 +209,7 @@ impl Check<'_> {
                         Some("leads where something else is".to_owned())
                     } else {
                         self.clusters(place).for_each(|cluster| self.packed.set(cluster));
-                        let end = place.end().min(file_len);
-                        self.report.image_end_offset = self.report.image_end_offset.max(end);
+                        self.report.image_end_offset = self.report.image_end_offset.max(place.end());
                         if cluster < self.disk_clusters {
                             self.report.allocated_clusters += 1;
                             self.report.compressed_clusters += 1;

@@ -30,7 +30,7 @@ pub(super) enum Entry {
     Empty,
     /// It is at this byte.
     Data(u64),
-    /// It is compressed to the bytes of this span, which may reach beyond the end of the file, within a cluster.
+    /// It is compressed to the bytes of this span.
     Packed(Span),
 }
 
@@ -90,7 +90,8 @@ impl Geometry {
         }
         let table = Span::new(entry, self.l2_len()).ok_or(Nonsense::Beyond)?;
         self.judge(table, file_len)?;
-        Ok(Some(entry))
+        // Unlike a cluster of the disk, all programs write a table as a whole: its end is not zero, it is lost.
+        if table.end() > file_len { Err(Nonsense::Beyond) } else { Ok(Some(entry)) }
     }
 
     /// What an entry of an L2 table says, in a file of this length.
@@ -114,9 +115,8 @@ impl Geometry {
         match () {
             () if len == 0 => Err(Nonsense::NoBytes),
             () if at < self.header_len => Err(Nonsense::Header),
-            () if at >= file_len => Err(Nonsense::Beyond),
-            // As with others: new clusters go there.
-            () if packed.end() > file_len.next_multiple_of(self.cluster()) => Err(Nonsense::Beyond),
+            // As with a table.
+            () if packed.end() > file_len => Err(Nonsense::Beyond),
             () => Ok(Entry::Packed(packed)),
         }
     }

@@ -11,6 +11,7 @@ use storage::{Io, Storage, Zeroing};
 
 use super::entry::{Entry, Geometry, Nonsense};
 use super::space::Space;
+use super::whole::Whole;
 use super::{Header, POINTERS, STAGES};
 use crate::metadata::{self, Loaded, Metadata, UnitLock, Units};
 use crate::{Extent, Image, ImageError, Placement, Settings, Zeroed};
@@ -30,6 +31,7 @@ pub struct Qcow {
     pub(super) has_backing: bool,
     writable: bool,
     pub(super) space: Space,
+    pub(super) whole: Whole,
     /// Clusters of the disk that are being given a place.
     pub(super) clusters: Units,
     /// Entries of the L1 table that are being given a table.
@@ -91,6 +93,7 @@ impl Qcow {
             };
         Ok(Qcow {
             space: Space::new(header.geometry.cluster(), file.size()),
+            whole: Whole::default(),
             metadata,
             size: Cell::new(header.size()),
             has_backing: header.backing().is_some(),
@@ -235,7 +238,7 @@ impl Qcow {
             if self.new_clusters(span) < count {
                 continue;
             }
-            let place = self.space.take(&self.metadata, count << geometry.cluster_bits).await?;
+            let place = self.take(count << geometry.cluster_bits).await?;
             let pending = Pending {
                 place: place.at,
                 clusters: count,
@@ -291,7 +294,7 @@ impl Qcow {
             return Ok(());
         }
         let len = geometry.l2_len().next_multiple_of(geometry.cluster());
-        let place = self.space.take(&self.metadata, len).await?;
+        let place = self.take(len).await?;
         // At once, so that a lack of space is this request's and not that of a later flush.
         if let Err(error) = self.metadata.write_through(place.at, &vec![0; len as usize]).await {
             self.space.give_back(place.at, len);
@@ -309,9 +312,8 @@ impl Qcow {
         {
             return Ok(bytes.clone());
         }
-        let there = packed.split_at(self.file.size()).0;
-        let buf = self.metadata.handle().pool().take(there.len() as usize);
-        self.file.read(there.at(), buf.clone()).await?;
+        let buf = self.metadata.handle().pool().take(packed.len() as usize);
+        self.file.read(packed.at(), buf.clone()).await?;
         let mut bytes = vec![0; self.geometry.get().cluster() as usize];
         // Without zlib's header. QEMU compresses with a window of 4 KiB, which any window can read.
         let mut inflater = Decompress::new(false);

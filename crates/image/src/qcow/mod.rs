@@ -16,6 +16,7 @@ mod image;
 mod info;
 mod resize;
 mod space;
+mod whole;
 
 pub use check::check;
 pub use create::{Create, create};

@@ -116,7 +116,7 @@ impl Qcow {
     async fn copy_table(&self, len: u64) -> Result<u64> {
         let old = self.geometry.get();
         let room = len.next_multiple_of(L1_ALIGN).next_multiple_of(old.cluster()) + L1_ALIGN;
-        let place = self.space.take(&self.metadata, room).await?;
+        let place = self.take(room).await?;
         let at = place.at.next_multiple_of(L1_ALIGN);
         let copied = async {
             let mut done = 0;

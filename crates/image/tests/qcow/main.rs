@@ -2,6 +2,7 @@
 
 mod check;
 mod create;
+mod cut;
 mod defects;
 mod header;
 mod model;
