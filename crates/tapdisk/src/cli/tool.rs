@@ -47,7 +47,7 @@ pub(crate) struct Create {
     #[arg(short, long = "unsafe", requires = "backing")]
     pub(crate) unchecked: bool,
 
-    /// Replace a file that exists
+    /// Replace a file that exists, and a FILE.part that a killed command has left
     #[arg(long)]
     pub(crate) force: bool,
 
@@ -119,7 +119,7 @@ pub(crate) struct Convert {
     #[arg(short, long)]
     pub(crate) progress: bool,
 
-    /// Replace a file that exists
+    /// Replace a file that exists, and a DST.part that a killed command has left
     #[arg(long)]
     pub(crate) force: bool,
 
