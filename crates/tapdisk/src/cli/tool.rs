@@ -187,7 +187,8 @@ pub(crate) struct Map {
 /// Copy what an image holds into the one below it
 ///
 /// The image keeps what it holds, and shows the same as before at any time: this can be stopped and done again. What was
-/// copied is durable in the image below when it ends with status 0.
+/// copied is durable in the image below when it ends with status 0. An image with snapshots within is refused: they would
+/// change.
 #[derive(Args, Debug)]
 pub(crate) struct Commit {
     /// Format of the image [default: as its name or its header says]
@@ -209,7 +210,7 @@ pub(crate) struct Commit {
 /// Put an image over another one than before
 ///
 /// First it copies into the image what differs between the old one below and the new, so that the disk stays as it is; then
-/// it names the new one. It can be stopped and done again.
+/// it names the new one. It can be stopped and done again. An image with snapshots within is refused: they would change.
 #[derive(Args, Debug)]
 pub(crate) struct Rebase {
     /// Format of the image [default: as its name or its header says]
@@ -224,7 +225,8 @@ pub(crate) struct Rebase {
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = formats())]
     pub(crate) backing_format: Option<Format>,
 
-    /// Only name the new one, which is right where it has the same bytes under another name. Nothing is looked at
+    /// Only name the new one, which is right where it has the same bytes under another name. Nothing is looked at; what the
+    /// disk shows, and what snapshots within the image show, changes with what the new one has
     #[arg(short, long = "unsafe")]
     pub(crate) unchecked: bool,
 

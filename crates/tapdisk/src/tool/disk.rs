@@ -214,6 +214,27 @@ pub(super) fn refuse_loop(image: &Path, below: &[Layer]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses to change what is below an image whose snapshots show it, too.
+///
+/// # Errors
+/// It has snapshots.
+pub(super) fn refuse_snapshots(image: &Path, header: &Header) -> anyhow::Result<()> {
+    let count = match header {
+        Header::Qcow2(header) => header.snapshots,
+        Header::Raw { .. } | Header::Qcow(_) | Header::Vhd(_) => 0,
+    };
+    if count > 0 {
+        bail!(
+            "{} has {count} snapshot{} within, and what such a one does not hold it shows of the image below: that would \
+             change. Delete them first (`tapdisk snapshot -l` and `-d`), or make a copy without them (`tapdisk convert -O \
+             qcow2`)",
+            image.display(),
+            if count == 1 { "" } else { "s" }
+        );
+    }
+    Ok(())
+}
+
 /// Says so where an image names a file that is opened only if that is allowed.
 pub(super) fn say_if_forbidden(image: &Path, named: &Path, places: &Places) {
     let is_block_device = std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());

@@ -9,7 +9,9 @@ use image::{Format, Header, qcow2};
 use runtime::Handle;
 use storage::Storage;
 
-use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
+use super::disk::{
+    Access, Asked, from_image, refuse_loop, refuse_no_path, refuse_snapshots, say_if_forbidden,
+};
 use super::progress::Progress;
 use crate::cli::tool::Rebase;
 
@@ -51,6 +53,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         })?;
         refuse_other(path, disk.top().header.format())?;
         refuse_raw_data(path, name, &disk.top().header)?;
+        refuse_snapshots(path, &disk.top().header)?;
         let new = match &new {
             Some((name, new)) => {
                 let asked = Asked::new(new, arguments.backing_format, Access::Read, places);

@@ -106,6 +106,29 @@ fn a_rebase_changes_what_is_below_and_not_the_disk() {
 }
 
 #[test]
+fn what_snapshots_show_is_not_changed_from_below() {
+    let folder = Folder::new();
+    pair(&folder, "16M");
+    folder.qemu_img(&["snapshot", "-c", "kept", "top.qcow2"]);
+    folder.qemu_io("qcow2", "top.qcow2", &["write -P 91 0 2M"]);
+    folder.qemu_img(&["create", "-q", "-f", "raw", "other.raw", "16M"]);
+    let all = ["top.qcow2", "base.raw"].map(|name| std::fs::read(folder.path(name)).unwrap());
+    for words in [&["commit"][..], &["rebase", "-b", "other.raw", "-F", "raw"], &["rebase", "-b", ""]] {
+        folder.refuses(&[words, &["top.qcow2"]].concat(), 1, &["has 1 snapshot within", "snapshot -l"]);
+    }
+    assert!(all == ["top.qcow2", "base.raw"].map(|name| std::fs::read(folder.path(name)).unwrap()));
+    // The same bytes under another name.
+    std::fs::rename(folder.path("base.raw"), folder.path("moved.raw")).unwrap();
+    folder.tapdisk(&["rebase", "-u", "-b", "moved.raw", "-F", "raw", "top.qcow2"]);
+    // Without it nothing is in the way.
+    folder.tapdisk(&["snapshot", "-d", "kept", "top.qcow2"]);
+    folder.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "before.raw"]);
+    folder.tapdisk(&["rebase", "-b", "other.raw", "-F", "raw", "top.qcow2"]);
+    folder.tapdisk(&["commit", "top.qcow2"]);
+    folder.same(("other.raw", "raw"), ("before.raw", "raw"));
+}
+
+#[test]
 fn a_disk_gets_the_size_that_it_is_told() {
     let folder = Folder::new();
     folder.disk("disk.raw");
