@@ -1,17 +1,16 @@
 //! `tapdisk convert`: copies a disk into a new image.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use image::tool::{self, ToolError, Watch};
 use image::{Chain, Format, Image, Raw, Settings, qcow, qcow2, vhd};
 use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File};
 
-use super::disk::{Access, Asked, Disk};
+use super::disk::{Access, Asked, Disk, one_of};
 use super::late::Late;
 use super::plan::Plan;
 use super::progress::Progress;
@@ -118,15 +117,10 @@ async fn open_new(
 
 /// Writing an image while it is read would lose what is behind the reader.
 fn refuse_own_source(source: &Disk, target: &Path) -> anyhow::Result<()> {
-    let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
-    for file in source.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
-        let image = std::fs::metadata(&file.path)
-            .with_context(|| format!("cannot look at {}", file.path.display()))?;
-        if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
-            bail!("{} is what is to be copied: give the copy another name", target.display());
-        }
+    match one_of(&source.layers, target)? {
+        Some(_) => bail!("{} is what is to be copied: give the copy another name", target.display()),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 pub(super) fn cache(cache: Cache) -> file::Cache {

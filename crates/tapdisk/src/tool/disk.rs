@@ -1,5 +1,8 @@
 //! A disk that a tool works on: the image, open, and those below it.
 
+use std::ffi::OsStr;
+use std::fs::Metadata;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -203,15 +206,52 @@ pub(super) fn refuse_no_path(image: &Path, name: &str) -> anyhow::Result<()> {
 /// # Errors
 /// The image at `image` is one of these.
 pub(super) fn refuse_loop(image: &Path, below: &[Layer]) -> anyhow::Result<()> {
-    let Ok(image_is) = std::fs::metadata(image) else { return Ok(()) };
-    for file in below.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
-        let path = file.path.display();
-        let found = std::fs::metadata(&file.path).with_context(|| format!("cannot look at {path}"))?;
-        if (found.dev(), found.ino()) == (image_is.dev(), image_is.ino()) {
-            bail!("{} cannot be below itself: {path} is the same file", image.display());
+    match one_of(below, image)? {
+        Some(same) => {
+            bail!("{} cannot be below itself: {} is the same file", image.display(), same.display())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Which of the files of these images one is, whatever it is called.
+///
+/// # Errors
+/// One of these cannot be looked at.
+pub(super) fn one_of<'a>(images: &'a [Layer], path: &Path) -> anyhow::Result<Option<&'a Path>> {
+    let Ok(wanted) = std::fs::metadata(path) else { return Ok(None) };
+    for file in images.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
+        let found = std::fs::metadata(&file.path)
+            .with_context(|| format!("cannot look at {}", file.path.display()))?;
+        if is_same(&found, &wanted) {
+            return Ok(Some(&file.path));
         }
     }
-    Ok(())
+    Ok(None)
+}
+
+/// Whether two names lead to the same bytes: of one file, of one block device by whatever node, of a loop device and the file
+/// that it shows.
+pub(super) fn is_same(one: &Metadata, other: &Metadata) -> bool {
+    let file = |found: &Metadata| (found.dev(), found.ino());
+    let shows = |device: &Metadata, shown: &Metadata| {
+        backing_of_loop(device.rdev()).is_some_and(|backing| file(&backing) == file(shown))
+    };
+    match (one.file_type().is_block_device(), other.file_type().is_block_device()) {
+        (true, true) => one.rdev() == other.rdev(),
+        (true, false) => shows(one, other),
+        (false, true) => shows(other, one),
+        (false, false) => file(one) == file(other),
+    }
+}
+
+/// The file that a loop device shows, or the one that a partition is on.
+fn backing_of_loop(device: u64) -> Option<Metadata> {
+    let place = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let read = |name: &str| std::fs::read(format!("{place}/{name}")).ok();
+    let path = read("loop/backing_file").or_else(|| read("../loop/backing_file"))?;
+    let path = OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path));
+    std::fs::metadata(path).ok()
 }
 
 /// Refuses to change what is below an image whose snapshots show it, too.
