@@ -35,6 +35,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     if arguments.compress && format != Format::Qcow2 {
         bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
     }
+    target::refuse_no_room(&arguments.target, format)?;
     let source_cache = cache(arguments.source_cache);
     let asked = Asked::new(&arguments.source, arguments.format, Access::Read, &arguments.places);
     let source = Asked { cache: source_cache, ..asked }.open(handle).await?;

@@ -35,6 +35,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
             bail!("how large is the disk to be? Give SIZE, as in `tapdisk create {} 10G`", path.display())
         }
     };
+    target::refuse_no_room(path, arguments.format)?;
     let records = state::records(arguments.places.state_dir.as_ref(), true)?;
     let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;

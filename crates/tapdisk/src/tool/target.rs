@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use image::Format;
 use image::metadata::LedgerFile;
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -105,6 +106,22 @@ pub(super) fn make(
     // Where a file system does not tell when a file was born, it may be taken for one that had its inode before.
     forget(record_of(&opened.file, &part.path)?.as_ref())?;
     Ok((Target { path, part: Some(part), before, force, record }, opened))
+}
+
+/// Refuses to make an image of a format on a block device where it could not be written.
+///
+/// # Errors
+/// It is qcow, which allocates at the end of its file.
+pub(super) fn refuse_no_room(path: &Path, format: Format) -> anyhow::Result<()> {
+    let is_device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    match format {
+        Format::Qcow if is_device => bail!(
+            "{} is a block device: a qcow image gets longer with each first write, which a block device cannot. Make it \
+             in a file, or a qcow2 or raw image on the block device",
+            path.display()
+        ),
+        Format::Raw | Format::Qcow | Format::Qcow2 | Format::Vhd => Ok(()),
+    }
 }
 
 /// What a process before this one has noted of a file is of no interest any more, for it is made anew.
