@@ -14,6 +14,7 @@ mod progress;
 mod rebase;
 mod resize;
 mod snapshot;
+mod stoppable;
 mod target;
 
 use std::process::ExitCode;
