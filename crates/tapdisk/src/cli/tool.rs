@@ -274,11 +274,12 @@ pub(crate) struct SnapshotAction {
     #[arg(short, long, value_name = "NAME")]
     pub(crate) create: Option<String>,
 
-    /// Make the disk what it was when this snapshot was made; what it is now is lost. By its ID or its name
+    /// Make the disk what it was when this snapshot was made; what it is now is lost. By its ID, or else its
+    /// name
     #[arg(short, long, value_name = "SNAPSHOT")]
     pub(crate) apply: Option<String>,
 
-    /// Forget this snapshot. By its ID or its name
+    /// Forget this snapshot. By its name, or else its ID, as qemu-img has it
     #[arg(short, long, value_name = "SNAPSHOT")]
     pub(crate) delete: Option<String>,
 }

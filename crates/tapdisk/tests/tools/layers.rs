@@ -203,3 +203,30 @@ fn snapshots_are_those_of_qemu_img() {
     folder.refuses(&["snapshot", "-a", "third", "disk.qcow2"], 1, &["third"]);
     folder.refuses(&["snapshot", "-c", "first", "disk.raw"], 1, &["raw image, which has no snapshots"]);
 }
+
+#[test]
+fn a_snapshot_is_meant_by_what_qemu_img_means_it_by() {
+    let folder = Folder::new();
+    folder.qemu_img(&["create", "-q", "-f", "qcow2", "ours.qcow2", "4M"]);
+    // Their identifiers are 1, 2 and 3.
+    for (name, byte) in [("2", "1"), ("1", "2"), ("x", "3")] {
+        folder.qemu_io("qcow2", "ours.qcow2", &[&format!("write -P {byte} 0 1M")]);
+        folder.qemu_img(&["snapshot", "-c", name, "ours.qcow2"]);
+    }
+    let copy = || std::fs::copy(folder.path("ours.qcow2"), folder.path("theirs.qcow2")).unwrap();
+    let listed = |name: &str| folder.qemu_img(&["info", "--output=json", name]).json()["snapshots"].clone();
+    for wanted in ["1", "2", "3", "x"] {
+        copy();
+        folder.qemu_img(&["snapshot", "-a", wanted, "theirs.qcow2"]);
+        folder.tapdisk(&["snapshot", "-a", wanted, "ours.qcow2"]);
+        folder.same(("ours.qcow2", "qcow2"), ("theirs.qcow2", "qcow2"));
+    }
+    copy();
+    folder.qemu_img(&["snapshot", "-d", "1", "theirs.qcow2"]);
+    folder.tapdisk(&["snapshot", "-d", "1", "ours.qcow2"]);
+    assert_eq!(listed("ours.qcow2"), listed("theirs.qcow2"));
+    // What is no name is an identifier.
+    folder.tapdisk(&["snapshot", "-d", "3", "ours.qcow2"]);
+    let left = listed("ours.qcow2");
+    assert_eq!((left.as_array().unwrap().len(), &left[0]["name"]), (1, &"2".into()));
+}
