@@ -18,6 +18,7 @@ use storage::Storage;
 use storage::file::{self, Cache};
 
 use crate::cli::tool::Places;
+use crate::screen::harmless;
 use crate::state;
 
 /// What is going to be done with an image.
@@ -284,9 +285,9 @@ pub(super) fn say_if_forbidden(image: &Path, named: &Path, places: &Places) {
         let folder = named.parent().filter(|folder| !folder.as_os_str().is_empty());
         eprintln!(
             "tapdisk: {} is not in the folder of {}: whoever opens it has to allow that with --allow-folder {}",
-            named.display(),
+            harmless(&named.display().to_string()),
             image.display(),
-            folder.unwrap_or(Path::new(".")).display()
+            harmless(&folder.unwrap_or(Path::new(".")).display().to_string())
         );
     }
 }

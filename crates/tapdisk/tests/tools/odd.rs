@@ -276,3 +276,24 @@ fn a_raw_disk_that_begins_like_another_format_is_said_to() {
     assert!(ended.stderr.contains("begins like qcow2: `-f qcow2`"), "{ended:?}");
     assert!(folder.tapdisk(&["info", "-f", "qcow2", "guest.raw"]).stderr.is_empty());
 }
+
+#[test]
+fn names_in_an_image_give_no_orders_to_a_terminal() {
+    let folder = Folder::new();
+    let name = "\u{1b}[2Jb\n.raw";
+    let words = ["create", "-u", "-f", "qcow2", "-b", name, "-F", "raw", "top.qcow2", "1M"];
+    folder.tapdisk(&words);
+    let shown = r"\u{1b}[2Jb\n.raw";
+    let is_harmless = |text: &str, lines: usize| {
+        assert!(!text.contains('\u{1b}') && text.contains(shown), "{text}");
+        assert_eq!(text.lines().count(), lines, "{text}");
+    };
+    let ended = folder.run(&["map", "top.qcow2"]);
+    assert_eq!(ended.code, Some(1));
+    is_harmless(&ended.stderr, 1);
+    let ended = folder.run(&["serve", "top.qcow2", "--nbd", "unix:socket", "--state-dir", "state"]);
+    assert_eq!(ended.code, Some(1));
+    is_harmless(ended.stderr.lines().last().unwrap(), 1);
+    std::fs::write(folder.path(name), vec![1; 1 << 20]).unwrap();
+    is_harmless(&folder.tapdisk(&["map", "top.qcow2"]).stdout, 2);
+}
