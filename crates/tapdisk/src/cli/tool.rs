@@ -221,7 +221,7 @@ pub(crate) struct Rebase {
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) backing: String,
 
-    /// The format of the new image below
+    /// The format of the new image below [default: as its name or its header says; with `-u` it has to be given]
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = formats())]
     pub(crate) backing_format: Option<Format>,
 

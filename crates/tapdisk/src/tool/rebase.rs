@@ -10,7 +10,7 @@ use runtime::Handle;
 use storage::Storage;
 
 use super::disk::{
-    Access, Asked, from_image, refuse_loop, refuse_no_path, refuse_snapshots, say_if_forbidden,
+    Access, Asked, from_image, is_same, refuse_loop, refuse_no_path, refuse_snapshots, say_if_forbidden,
 };
 use super::progress::Progress;
 use crate::cli::tool::Rebase;
@@ -31,6 +31,13 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         asked.refuse_pending(&opened)?;
         let file: Rc<dyn Storage> = Rc::new(storage::File::new(handle, opened));
         refuse_other(path, asked.format_of(&file, is_block_device).await?)?;
+        // The image above has to say it: a header that a guest has written says anything.
+        if let (Some(name), None) = (name, arguments.backing_format) {
+            bail!("which format has {name}? Nothing is looked at with `-u`: say it with -F");
+        }
+        if let Some(name) = name {
+            refuse_itself(path, &from_image(path, name))?;
+        }
         change(&file, path, name, arguments.backing_format).await?;
         file
     } else {
@@ -86,6 +93,16 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         None => format!("{} stands alone now\n", path.display()),
     };
     crate::print(text.as_bytes())
+}
+
+/// Nothing is looked at, but who would stand on itself could not be opened.
+fn refuse_itself(image: &Path, below: &Path) -> anyhow::Result<()> {
+    match (std::fs::metadata(image), std::fs::metadata(below)) {
+        (Ok(image_is), Ok(below_is)) if is_same(&image_is, &below_is) => {
+            bail!("{} cannot be below itself: {} is the same file", image.display(), below.display())
+        }
+        (Ok(_) | Err(_), Ok(_) | Err(_)) => Ok(()),
+    }
 }
 
 /// Only qcow2 has the room, and the order of writes, to change the name of what is below.

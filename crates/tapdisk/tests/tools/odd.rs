@@ -278,6 +278,28 @@ fn a_raw_disk_that_begins_like_another_format_is_said_to() {
 }
 
 #[test]
+fn a_name_alone_leaves_an_image_that_can_be_opened() {
+    let folder = Folder::new();
+    folder.tapdisk(&["create", "base.raw", "1M"]);
+    folder.tapdisk(&["create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"]);
+    let before = std::fs::read(folder.path("top.qcow2")).unwrap();
+    // As qemu-img has it; else the format that was written down would be lost, or be wrong.
+    folder.refuses(&["rebase", "-u", "-b", "moved.raw", "top.qcow2"], 1, &["which format", "-F"]);
+    symlink("top.qcow2", folder.path("link")).unwrap();
+    for name in ["top.qcow2", "link", "./top.qcow2"] {
+        folder.refuses(
+            &["rebase", "-u", "-b", name, "-F", "qcow2", "top.qcow2"],
+            1,
+            &["cannot be below itself"],
+        );
+    }
+    assert!(before == std::fs::read(folder.path("top.qcow2")).unwrap());
+    folder.tapdisk(&["rebase", "-u", "-b", "", "top.qcow2"]);
+    folder.tapdisk(&["rebase", "-u", "-b", "base.raw", "-F", "raw", "top.qcow2"]);
+    folder.tapdisk(&["map", "top.qcow2"]);
+}
+
+#[test]
 fn names_in_an_image_give_no_orders_to_a_terminal() {
     let folder = Folder::new();
     let name = "\u{1b}[2Jb\n.raw";
