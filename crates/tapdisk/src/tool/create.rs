@@ -11,7 +11,7 @@ use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File, Records};
 
-use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
+use super::disk::{Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
 use super::plan::{Apart, Below, Plan};
 use super::progress::Progress;
 use super::stoppable::{self, Stoppable};
@@ -103,7 +103,7 @@ async fn look_below(
         Format::Raw | Format::Qcow | Format::Qcow2 => from_image(image, &name),
     };
     let failed = || format!("{name} cannot be below {}", image.display());
-    let asked = Asked::new(&path, format, Access::Read, &arguments.places);
+    let asked = Asked::below(&path, format, &arguments.places);
     let layers = asked.walk(handle).await.with_context(failed)?;
     refuse_loop(image, &layers)?;
     let layer = layers.first().context("a disk has an image")?;

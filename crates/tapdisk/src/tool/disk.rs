@@ -38,6 +38,8 @@ pub(super) struct Asked<'a> {
     pub(super) path: &'a Path,
     /// What its name and header say, if not given.
     pub(super) format: Option<Format>,
+    /// The option by which its format is said.
+    pub(super) format_by: &'static str,
     pub(super) access: Access,
     pub(super) cache: Cache,
     pub(super) places: &'a Places,
@@ -58,7 +60,12 @@ impl<'a> Asked<'a> {
         access: Access,
         places: &'a Places,
     ) -> Asked<'a> {
-        Asked { path, format, access, cache: Cache::Buffered, places }
+        Asked { path, format, format_by: "-f", access, cache: Cache::Buffered, places }
+    }
+
+    /// The same, of an image that is to be below another one.
+    pub(super) fn below(path: &'a Path, format: Option<Format>, places: &'a Places) -> Asked<'a> {
+        Asked { format_by: "-F", ..Asked::new(path, format, Access::Read, places) }
     }
 
     /// How its file is opened: at once or not at all.
@@ -116,6 +123,7 @@ impl<'a> Asked<'a> {
     fn options(&self) -> anyhow::Result<image::Options> {
         Ok(image::Options {
             format: self.format,
+            format_by: Some(self.format_by),
             file: self.file()?,
             no_backing: self.access == Access::ReadAlone,
             allowed: self.places.allow_folder.clone(),

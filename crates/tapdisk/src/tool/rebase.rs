@@ -43,7 +43,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
     } else {
         let new = name.map(|name| (name, from_image(path, name)));
         if let Some((name, new)) = &new {
-            let asked = Asked::new(new, arguments.backing_format, Access::Read, places);
+            let asked = Asked::below(new, arguments.backing_format, places);
             let layers = asked.walk(handle).await;
             refuse_loop(
                 path,
@@ -63,7 +63,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         refuse_snapshots(path, &disk.top().header)?;
         let new = match &new {
             Some((name, new)) => {
-                let asked = Asked::new(new, arguments.backing_format, Access::Read, places);
+                let asked = Asked::below(new, arguments.backing_format, places);
                 let new = asked.open(handle).await;
                 Some(new.with_context(|| format!("{name} cannot be below {}", path.display()))?)
             }

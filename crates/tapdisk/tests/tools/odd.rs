@@ -319,3 +319,16 @@ fn names_in_an_image_give_no_orders_to_a_terminal() {
     std::fs::write(folder.path(name), vec![1; 1 << 20]).unwrap();
     is_harmless(&folder.tapdisk(&["map", "top.qcow2"]).stdout, 2);
 }
+
+#[test]
+fn a_format_is_asked_for_by_the_option_that_says_it() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("plain"), [7; 4096]).unwrap();
+    folder.tapdisk(&["create", "-f", "qcow2", "top.qcow2", "1M"]);
+    for words in
+        [&["create", "-f", "qcow2", "-b", "plain", "new"][..], &["rebase", "-b", "plain", "top.qcow2"]]
+    {
+        folder.refuses(words, 1, &["plain begins like no image", "-F raw"]);
+    }
+    folder.refuses(&["map", "plain"], 1, &["plain begins like no image", "-f raw"]);
+}
