@@ -332,3 +332,18 @@ fn a_format_is_asked_for_by_the_option_that_says_it() {
     }
     folder.refuses(&["map", "plain"], 1, &["plain begins like no image", "-f raw"]);
 }
+
+/// tmpfs has no FALLOC_FL_ZERO_RANGE.
+#[test]
+fn space_is_reserved_where_zeroes_cannot_be() {
+    let folder = Folder::new();
+    let shared = tempfile::tempdir_in("/dev/shm").unwrap();
+    for format in ["raw", "qcow2", "vhd"] {
+        let path = shared.path().join(format);
+        let words = ["create", "-f", format, "-o", "preallocation=falloc", path.to_str().unwrap(), "4M"];
+        folder.tapdisk(&words);
+        let made = std::fs::metadata(&path).unwrap();
+        assert!(made.blocks() * 512 >= 4 * MIB && made.len() >= 4 * MIB, "{format}: {made:?}");
+        assert!(format != "raw" || std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
+    }
+}
