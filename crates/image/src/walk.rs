@@ -125,7 +125,8 @@ pub async fn walk(handle: &Handle, path: &Path, options: &mut Options) -> Result
     let unreadable = &|error: ImageError| match &unreadable {
         None => error,
         Some(record) => ImageError::Refused(format!(
-            "{error}. Look at the image with --cache direct. If nothing of what guests were told matters any more, remove {}",
+            "{error}. Look at the image past the page cache: `tapdisk serve --read-only \
+             --cache direct`, or `tapdisk convert -T direct`. If nothing of what guests were told matters any more, remove {}",
             record.path().display()
         )),
     };
@@ -398,8 +399,8 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
     if file.created {
         return Ok(Format::Raw);
     }
-    let (look, path) = (look(file).await, file.path.display());
     let by = options.format_by.unwrap_or("--format");
+    let (look, path) = (look(file).await, file.path.display());
     if probe::is_raw_by_name(&file.path, file.is_block_device) {
         match look {
             Ok(Look::Nothing) => {}

@@ -106,7 +106,11 @@ fn an_image_that_is_made_anew_is_not_poisoned() {
         folder.refuses(
             &[&["snapshot", "-f", "qcow2", "-c", "now", device.text()], &state[..]].concat(),
             1,
-            &["a sync failed"],
+            &["a sync failed", "convert -T direct"],
+        );
+        folder.tapdisk(
+            &[&["convert", "-T", "direct", "--force", "-f", "qcow2", device.text(), "saved"], &state[..]]
+                .concat(),
         );
     };
     folder.tapdisk(&["create", "-f", "qcow2", device.text(), "1M"]);
