@@ -41,7 +41,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
     target::refuse_no_room(path, arguments.format)?;
     // Where a file is filled beforehand that takes its time. Who is told to stop leaves nothing.
     let watch: Rc<dyn Watch> = Rc::new(Progress::new(bytes, false)?);
-    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let records = state::records(arguments.places.state_dir.as_ref(), state::For::Reading)?;
     let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
