@@ -128,6 +128,12 @@ pub(super) fn refuse_no_room(path: &Path, format: Format) -> anyhow::Result<()> 
 fn forget(record: Option<&Record>) -> anyhow::Result<()> {
     if let Some(record) = record {
         record.forget();
+        if record.restore().is_some() {
+            bail!(
+                "cannot remove {}: it says that a sync of what was there before failed",
+                record.path().display()
+            );
+        }
     }
     forget_ledger(record)
 }
@@ -394,6 +400,29 @@ mod tests {
         drop(opened);
         target.finish().unwrap();
         assert!(!ledger.exists());
+    }
+
+    #[test]
+    fn who_cannot_forget_a_failed_sync_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::write(&path, "old").unwrap();
+        let records = Records::open(&folder.path().join("state")).unwrap();
+        let record = records.of(&std::fs::File::open(&path).unwrap(), &path).unwrap();
+        std::fs::create_dir(record.path()).unwrap();
+        let (target, opened) = make(&path, true, Cache::Buffered, Some(&records)).unwrap();
+        drop(opened);
+        let error = target.finish().unwrap_err().to_string();
+        assert!(error.contains(record.path().to_str().unwrap()), "{error}");
+        std::fs::remove_dir(record.path()).unwrap();
+        std::fs::write(&path, "old").unwrap();
+        let record = records.of(&std::fs::File::open(&path).unwrap(), &path).unwrap();
+        std::fs::write(record.path(), "errno: EIO 5\n").unwrap();
+        let (target, opened) = make(&path, true, Cache::Buffered, Some(&records)).unwrap();
+        assert!(record.path().exists(), "the old image is still there");
+        drop(opened);
+        target.finish().unwrap();
+        assert!(!record.path().exists());
     }
 
     #[test]
