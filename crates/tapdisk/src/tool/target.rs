@@ -203,11 +203,15 @@ impl Part {
     /// Gives it a name that nothing has; whether it got it.
     fn take_free(&self, path: &Path) -> io::Result<bool> {
         match rustix::fs::renameat_with(CWD, &self.path, CWD, path, RenameFlags::NOREPLACE) {
-            Ok(()) => return Ok(true),
-            Err(Errno::EXIST) => return Ok(false),
-            Err(errno) if is_unknown(errno) => {}
-            Err(errno) => return Err(errno.into()),
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(errno) if is_unknown(errno) => self.link_free(path),
+            Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// The same where a file system (NFS) has only the ways of old.
+    fn link_free(&self, path: &Path) -> io::Result<bool> {
         match std::fs::hard_link(&self.path, path) {
             Ok(()) => std::fs::remove_file(&self.path).map(|()| true),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -486,6 +490,21 @@ mod tests {
         drop(opened);
         assert!(target.finish().unwrap_err().to_string().contains("meanwhile"));
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_name_is_got_without_renameat2_and_never_from_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("disk"), folder.path().join("other"));
+        let part = Part::make(folder.path().join("disk.part"), false).unwrap();
+        std::fs::write(&other, "other's").unwrap();
+        assert!(!part.link_free(&other).unwrap());
+        assert!(part.link_free(&path).unwrap());
+        assert_eq!(std::fs::read(&other).unwrap(), b"other's");
+        let (made, ours) = (std::fs::metadata(&path).unwrap(), part.file.metadata().unwrap());
+        assert!(same(&made, &ours) && ours.nlink() == 1 && !part.path.exists());
+        drop(part);
+        assert!(path.exists());
     }
 
     #[test]
