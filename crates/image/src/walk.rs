@@ -22,6 +22,8 @@ const DEPTH_MAX: usize = 200;
 pub struct Options {
     /// Its format; without one it is found out ([`probe`]). Those of the images below are what the image above each says.
     pub format: Option<Format>,
+    /// The option by which people say its format, for errors: `--format` where nothing is said.
+    pub format_by: Option<&'static str>,
     /// How its file is opened. Those of the images below are opened in the same way, but for reading.
     pub file: file::Options,
     /// Bytes of memory for the metadata of all images together; 0 for what suits most.
@@ -123,7 +125,8 @@ pub async fn walk(handle: &Handle, path: &Path, options: &mut Options) -> Result
     let unreadable = &|error: ImageError| match &unreadable {
         None => error,
         Some(record) => ImageError::Refused(format!(
-            "{error}. Look at the image with --cache direct. If nothing of what guests were told matters any more, remove {}",
+            "{error}. Look at the image past the page cache: `tapdisk serve --read-only \
+             --cache direct`, or `tapdisk convert -T direct`. If nothing of what guests were told matters any more, remove {}",
             record.path().display()
         )),
     };
@@ -396,6 +399,7 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
     if file.created {
         return Ok(Format::Raw);
     }
+    let by = options.format_by.unwrap_or("--format");
     let (look, path) = (look(file).await, file.path.display());
     if probe::is_raw_by_name(&file.path, file.is_block_device) {
         match look {
@@ -415,13 +419,13 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
     match look? {
         // It may be a disk that was made in this way, and then written by its guest.
         Look::Of(format) if options.file.create.is_some() => Err(ImageError::Refused(format!(
-            "{path} is there already and looks like {format}, but `--create` makes raw images: --format raw or --format \
-             {format} says which it is"
+            "{path} is there already and looks like {format}, but `--create` makes raw images: {by} raw or {by} {format} says \
+             which it is"
         ))),
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
         look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
-            "{path} {}: --format raw takes its bytes as they are",
+            "{path} {}: {by} raw takes its bytes as they are",
             described(look)
         ))),
     }

@@ -79,6 +79,7 @@ impl Contents {
         };
         let options = image::Options {
             format: arguments.format,
+            format_by: None,
             file,
             cache: arguments.cache_size,
             no_backing: arguments.no_backing,

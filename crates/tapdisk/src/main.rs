@@ -4,6 +4,7 @@ mod announce;
 mod cli;
 mod contents;
 mod logging;
+mod screen;
 mod serve;
 mod size;
 mod state;
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("tapdisk: {error:#}");
+            eprintln!("tapdisk: {}", screen::harmless(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }

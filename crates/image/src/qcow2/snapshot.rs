@@ -109,6 +109,13 @@ pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Option<&'a Snapshot>
     by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == wanted))
 }
 
+/// The one that is meant to be deleted: by its name, as `qemu-img` has it, or else by its identifier. What is another one's
+/// identifier may well be the name of one, and what is gone is gone.
+fn find_doomed<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Option<&'a Snapshot> {
+    let by_name = snapshots.iter().find(|snapshot| snapshot.name == wanted);
+    by_name.or_else(|| find(snapshots, wanted))
+}
+
 /// Makes a snapshot of the disk as it is, at a time since 1970. Nobody has the image open.
 ///
 /// # Errors
@@ -149,14 +156,14 @@ pub async fn take_snapshot(file: &Rc<dyn Storage>, name: &str, when: Duration) -
     change.end().await
 }
 
-/// Deletes a snapshot. Nobody has the image open.
+/// Deletes a snapshot, by its name or else by its identifier. Nobody has the image open.
 ///
 /// # Errors
 /// There is none such, the image is not sound, or the storage failed: then it is there or it is not, and at most space leaks.
 pub async fn delete_snapshot(file: &Rc<dyn Storage>, wanted: &str) -> Result<(), ImageError> {
     let mut change = Change::begin(file).await?;
     let old = table(file, &change.header).await?;
-    let gone = find(&old.snapshots, wanted).ok_or_else(|| missing(wanted))?.clone();
+    let gone = find_doomed(&old.snapshots, wanted).ok_or_else(|| missing(wanted))?.clone();
     let mut left = old.snapshots;
     let place = left.iter().position(|snapshot| *snapshot == gone).unwrap_or(left.len());
     left.remove(place);

@@ -47,7 +47,7 @@ pub(crate) struct Create {
     #[arg(short, long = "unsafe", requires = "backing")]
     pub(crate) unchecked: bool,
 
-    /// Replace a file that exists
+    /// Replace a file that exists, and a FILE.part that a killed command has left
     #[arg(long)]
     pub(crate) force: bool,
 
@@ -119,7 +119,7 @@ pub(crate) struct Convert {
     #[arg(short, long)]
     pub(crate) progress: bool,
 
-    /// Replace a file that exists
+    /// Replace a file that exists, and a DST.part that a killed command has left
     #[arg(long)]
     pub(crate) force: bool,
 
@@ -187,7 +187,8 @@ pub(crate) struct Map {
 /// Copy what an image holds into the one below it
 ///
 /// The image keeps what it holds, and shows the same as before at any time: this can be stopped and done again. What was
-/// copied is durable in the image below when it ends with status 0.
+/// copied is durable in the image below when it ends with status 0. An image with snapshots within is refused: they would
+/// change.
 #[derive(Args, Debug)]
 pub(crate) struct Commit {
     /// Format of the image [default: as its name or its header says]
@@ -209,7 +210,7 @@ pub(crate) struct Commit {
 /// Put an image over another one than before
 ///
 /// First it copies into the image what differs between the old one below and the new, so that the disk stays as it is; then
-/// it names the new one. It can be stopped and done again.
+/// it names the new one. It can be stopped and done again. An image with snapshots within is refused: they would change.
 #[derive(Args, Debug)]
 pub(crate) struct Rebase {
     /// Format of the image [default: as its name or its header says]
@@ -220,11 +221,12 @@ pub(crate) struct Rebase {
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) backing: String,
 
-    /// The format of the new image below
+    /// The format of the new image below [default: as its name or its header says; with `-u` it has to be given]
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = formats())]
     pub(crate) backing_format: Option<Format>,
 
-    /// Only name the new one, which is right where it has the same bytes under another name. Nothing is looked at
+    /// Only name the new one, which is right where it has the same bytes under another name. Nothing is looked at; what the
+    /// disk shows, and what snapshots within the image show, changes with what the new one has
     #[arg(short, long = "unsafe")]
     pub(crate) unchecked: bool,
 
@@ -272,11 +274,12 @@ pub(crate) struct SnapshotAction {
     #[arg(short, long, value_name = "NAME")]
     pub(crate) create: Option<String>,
 
-    /// Make the disk what it was when this snapshot was made; what it is now is lost. By its ID or its name
+    /// Make the disk what it was when this snapshot was made; what it is now is lost. By its ID, or else its
+    /// name
     #[arg(short, long, value_name = "SNAPSHOT")]
     pub(crate) apply: Option<String>,
 
-    /// Forget this snapshot. By its ID or its name
+    /// Forget this snapshot. By its name, or else its ID, as qemu-img has it
     #[arg(short, long, value_name = "SNAPSHOT")]
     pub(crate) delete: Option<String>,
 }

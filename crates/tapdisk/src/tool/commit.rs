@@ -8,7 +8,7 @@ use image::tool::{self, Watch};
 use runtime::Handle;
 use storage::Storage;
 
-use super::disk::{Access, Asked};
+use super::disk::{Access, Asked, refuse_snapshots};
 use super::progress::Progress;
 use super::resize;
 use crate::cli::tool::Commit;
@@ -21,6 +21,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Commit) -> anyhow::Result<(
         let (Some(top), Some(below)) = (layers.first(), layers.get(1)) else {
             bail!("{} has no image below it: there is nowhere to copy it to", path.display());
         };
+        refuse_snapshots(path, &top.header)?;
         (below.file.path.clone(), below.header.format(), below.header.size() < top.header.size())
     };
     // They are free once the ring has had a turn.

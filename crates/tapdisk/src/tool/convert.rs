@@ -1,20 +1,20 @@
 //! `tapdisk convert`: copies a disk into a new image.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use image::tool::{self, ToolError, Watch};
 use image::{Chain, Format, Image, Raw, Settings, qcow, qcow2, vhd};
 use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File};
 
-use super::disk::{Access, Asked, Disk};
+use super::disk::{Access, Asked, Disk, one_of};
 use super::late::Late;
 use super::plan::Plan;
 use super::progress::Progress;
+use super::stoppable::{self, Stoppable};
 use super::target::{self, Target};
 use crate::cli::tool::{Cache, Convert};
 use crate::state;
@@ -36,17 +36,19 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     if arguments.compress && format != Format::Qcow2 {
         bail!("only qcow2 images can be compressed: -c goes with -O qcow2");
     }
+    target::refuse_no_room(&arguments.target, format)?;
     let source_cache = cache(arguments.source_cache);
     let asked = Asked::new(&arguments.source, arguments.format, Access::Read, &arguments.places);
     let source = Asked { cache: source_cache, ..asked }.open(handle).await?;
     refuse_own_source(&source, &arguments.target)?;
     let records = state::records(arguments.places.state_dir.as_ref(), state::For::Reading)?;
     let target_cache = cache(arguments.target_cache);
+    let watch: Rc<dyn Watch> = Rc::new(Progress::new(source.chain.size(), arguments.progress)?);
     let (target, opened) = target::make(&arguments.target, arguments.force, target_cache, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let late: Rc<dyn Storage> = Rc::new(Late(file.clone()));
-    let mut done = copy(handle, arguments, plan, &source, &target, late).await;
+    let mut done = copy(handle, arguments, plan, &source, (&target, late), &watch).await;
     if done.is_ok() {
         done = file.flush().await.map_err(|error| ToolError::Target(error).into());
     }
@@ -65,15 +67,15 @@ async fn copy(
     arguments: &Convert,
     plan: Plan,
     source: &Disk,
-    target: &Target,
-    file: Rc<dyn Storage>,
+    (target, file): (&Target, Rc<dyn Storage>),
+    watch: &Rc<dyn Watch>,
 ) -> anyhow::Result<()> {
     let from: Rc<dyn Storage> = source.chain.clone();
-    let watch: Rc<dyn Watch> = Rc::new(Progress::new(from.size(), arguments.progress)?);
     let format = plan.format();
-    plan.make(&file, from.size(), None, None).await?;
+    let stoppable: Rc<dyn Storage> = Rc::new(Stoppable { storage: file.clone(), watch: watch.clone() });
+    stoppable::told(plan.make(&stoppable, from.size(), None, None).await, watch)?;
     if arguments.compress {
-        return Ok(tool::pack(handle, &from, &file, &watch).await?);
+        return Ok(tool::pack(handle, &from, &file, watch).await?);
     }
     let (image, unit, alone) = open_new(handle, file, format).await?;
     let to = Rc::new(Chain::new(handle, image));
@@ -83,7 +85,7 @@ async fn copy(
     }
     let how = tool::Convert { unit, alone, blank: target.is_file() || format != Format::Raw };
     let storage: Rc<dyn Storage> = to.clone();
-    tool::convert(handle, &from, &storage, how, &watch).await?;
+    tool::convert(handle, &from, &storage, how, watch).await?;
     to.close().await.map_err(ToolError::Target)?;
     Ok(())
 }
@@ -118,15 +120,10 @@ async fn open_new(
 
 /// Writing an image while it is read would lose what is behind the reader.
 fn refuse_own_source(source: &Disk, target: &Path) -> anyhow::Result<()> {
-    let Ok(found) = std::fs::metadata(target) else { return Ok(()) };
-    for file in source.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
-        let image = std::fs::metadata(&file.path)
-            .with_context(|| format!("cannot look at {}", file.path.display()))?;
-        if (image.dev(), image.ino()) == (found.dev(), found.ino()) {
-            bail!("{} is what is to be copied: give the copy another name", target.display());
-        }
+    match one_of(&source.layers, target)? {
+        Some(_) => bail!("{} is what is to be copied: give the copy another name", target.display()),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 pub(super) fn cache(cache: Cache) -> file::Cache {

@@ -5,13 +5,16 @@ use std::rc::Rc;
 
 use anyhow::{Context, bail};
 use image::probe::{self, Look};
+use image::tool::Watch;
 use image::{Format, Header, Layer};
 use runtime::Handle;
 use storage::Storage;
 use storage::file::{self, File, Records};
 
-use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
+use super::disk::{Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
 use super::plan::{Apart, Below, Plan};
+use super::progress::Progress;
+use super::stoppable::{self, Stoppable};
 use super::target;
 use crate::cli::tool::Create;
 use crate::{size, state};
@@ -35,14 +38,22 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
             bail!("how large is the disk to be? Give SIZE, as in `tapdisk create {} 10G`", path.display())
         }
     };
+    target::refuse_no_room(path, arguments.format)?;
+    // Where a file is filled beforehand that takes its time. Who is told to stop leaves nothing.
+    let watch: Rc<dyn Watch> = Rc::new(Progress::new(bytes, false)?);
     let records = state::records(arguments.places.state_dir.as_ref(), state::For::Reading)?;
     let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));
     let failed = || format!("cannot make {}", path.display());
-    let (data, apart) = data_file(handle, arguments, &mut plan, path, records.as_ref()).await?;
+    let (data, mut apart) = data_file(handle, arguments, &mut plan, path, records.as_ref()).await?;
+    if let Some(apart) = &mut apart {
+        apart.storage = Rc::new(Stoppable { storage: apart.storage.clone(), watch: watch.clone() });
+    }
+    let stoppable: Rc<dyn Storage> = Rc::new(Stoppable { storage: file.clone(), watch: watch.clone() });
     named.extend(apart.as_ref().and_then(|apart| image::named(Path::new(""), &apart.name)));
-    plan.make(&file, bytes, below, apart).await.with_context(failed)?;
+    let made = plan.make(&stoppable, bytes, below, apart).await;
+    stoppable::told(made, &watch).with_context(failed)?;
     file.flush().await.with_context(failed)?;
     // An image is whole when its data file is there.
     data.map_or(Ok(()), target::Target::finish)?;
@@ -92,7 +103,7 @@ async fn look_below(
         Format::Raw | Format::Qcow | Format::Qcow2 => from_image(image, &name),
     };
     let failed = || format!("{name} cannot be below {}", image.display());
-    let asked = Asked::new(&path, format, Access::Read, &arguments.places);
+    let asked = Asked::below(&path, format, &arguments.places);
     let layers = asked.walk(handle).await.with_context(failed)?;
     refuse_loop(image, &layers)?;
     let layer = layers.first().context("a disk has an image")?;

@@ -1,5 +1,8 @@
 //! A disk that a tool works on: the image, open, and those below it.
 
+use std::ffi::OsStr;
+use std::fs::Metadata;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -15,6 +18,7 @@ use storage::Storage;
 use storage::file::{self, Cache};
 
 use crate::cli::tool::Places;
+use crate::screen::harmless;
 use crate::state;
 
 /// What is going to be done with an image.
@@ -34,6 +38,8 @@ pub(super) struct Asked<'a> {
     pub(super) path: &'a Path,
     /// What its name and header say, if not given.
     pub(super) format: Option<Format>,
+    /// The option by which its format is said.
+    pub(super) format_by: &'static str,
     pub(super) access: Access,
     pub(super) cache: Cache,
     pub(super) places: &'a Places,
@@ -54,7 +60,12 @@ impl<'a> Asked<'a> {
         access: Access,
         places: &'a Places,
     ) -> Asked<'a> {
-        Asked { path, format, access, cache: Cache::Buffered, places }
+        Asked { path, format, format_by: "-f", access, cache: Cache::Buffered, places }
+    }
+
+    /// The same, of an image that is to be below another one.
+    pub(super) fn below(path: &'a Path, format: Option<Format>, places: &'a Places) -> Asked<'a> {
+        Asked { format_by: "-F", ..Asked::new(path, format, Access::Read, places) }
     }
 
     fn records(&self) -> anyhow::Result<Option<file::Records>> {
@@ -123,6 +134,7 @@ impl<'a> Asked<'a> {
     fn options(&self) -> anyhow::Result<image::Options> {
         Ok(image::Options {
             format: self.format,
+            format_by: Some(self.format_by),
             file: self.file()?,
             no_backing: self.access == Access::ReadAlone,
             allowed: self.places.allow_folder.clone(),
@@ -179,10 +191,11 @@ impl Disk {
 
 /// The page cache may show what the disk does not hold.
 fn say_that_it_is_suspect(path: &Path, error: &Error) {
-    eprintln!(
-        "tapdisk: {}: {error}; who served it then did not end in order, and what is read from it may not be what is on the disk",
+    let said = format!(
+        "{}: {error}; who served it then did not end in order, and what is read from it may not be what is on the disk",
         path.display()
     );
+    eprintln!("tapdisk: {}", harmless(&said));
 }
 
 fn is_flat(header: &Header) -> bool {
@@ -224,13 +237,71 @@ pub(super) fn refuse_no_path(image: &Path, name: &str) -> anyhow::Result<()> {
 /// # Errors
 /// The image at `image` is one of these.
 pub(super) fn refuse_loop(image: &Path, below: &[Layer]) -> anyhow::Result<()> {
-    let Ok(image_is) = std::fs::metadata(image) else { return Ok(()) };
-    for file in below.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
-        let path = file.path.display();
-        let found = std::fs::metadata(&file.path).with_context(|| format!("cannot look at {path}"))?;
-        if (found.dev(), found.ino()) == (image_is.dev(), image_is.ino()) {
-            bail!("{} cannot be below itself: {path} is the same file", image.display());
+    match one_of(below, image)? {
+        Some(same) => {
+            bail!("{} cannot be below itself: {} is the same file", image.display(), same.display())
         }
+        None => Ok(()),
+    }
+}
+
+/// Which of the files of these images one is, whatever it is called.
+///
+/// # Errors
+/// One of these cannot be looked at.
+pub(super) fn one_of<'a>(images: &'a [Layer], path: &Path) -> anyhow::Result<Option<&'a Path>> {
+    let Ok(wanted) = std::fs::metadata(path) else { return Ok(None) };
+    for file in images.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
+        let found = std::fs::metadata(&file.path)
+            .with_context(|| format!("cannot look at {}", file.path.display()))?;
+        if is_same(&found, &wanted) {
+            return Ok(Some(&file.path));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether two names lead to the same bytes: of one file, of one block device by whatever node, of a loop device and the file
+/// that it shows.
+pub(super) fn is_same(one: &Metadata, other: &Metadata) -> bool {
+    let file = |found: &Metadata| (found.dev(), found.ino());
+    let shows = |device: &Metadata, shown: &Metadata| {
+        backing_of_loop(device.rdev()).is_some_and(|backing| file(&backing) == file(shown))
+    };
+    match (one.file_type().is_block_device(), other.file_type().is_block_device()) {
+        (true, true) => one.rdev() == other.rdev(),
+        (true, false) => shows(one, other),
+        (false, true) => shows(other, one),
+        (false, false) => file(one) == file(other),
+    }
+}
+
+/// The file that a loop device shows, or the one that a partition is on.
+fn backing_of_loop(device: u64) -> Option<Metadata> {
+    let place = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let read = |name: &str| std::fs::read(format!("{place}/{name}")).ok();
+    let path = read("loop/backing_file").or_else(|| read("../loop/backing_file"))?;
+    let path = OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path));
+    std::fs::metadata(path).ok()
+}
+
+/// Refuses to change what is below an image whose snapshots show it, too.
+///
+/// # Errors
+/// It has snapshots.
+pub(super) fn refuse_snapshots(image: &Path, header: &Header) -> anyhow::Result<()> {
+    let count = match header {
+        Header::Qcow2(header) => header.snapshots,
+        Header::Raw { .. } | Header::Qcow(_) | Header::Vhd(_) => 0,
+    };
+    if count > 0 {
+        bail!(
+            "{} has {count} snapshot{} within, and what such a one does not hold it shows of the image below: that would \
+             change. Delete them first (`tapdisk snapshot -l` and `-d`), or make a copy without them (`tapdisk convert -O \
+             qcow2`)",
+            image.display(),
+            if count == 1 { "" } else { "s" }
+        );
     }
     Ok(())
 }
@@ -242,11 +313,12 @@ pub(super) fn say_if_forbidden(image: &Path, named: &Path, places: &Places) {
     let allowed = image::Allowed::new(image, is_block_device, &places.allow_folder);
     if allowed.is_ok_and(|allowed| allowed.forbids(named)) {
         let folder = named.parent().filter(|folder| !folder.as_os_str().is_empty());
-        eprintln!(
-            "tapdisk: {} is not in the folder of {}: whoever opens it has to allow that with --allow-folder {}",
+        let said = format!(
+            "{} is not in the folder of {}: whoever opens it has to allow that with --allow-folder {}",
             named.display(),
             image.display(),
             folder.unwrap_or(Path::new(".")).display()
         );
+        eprintln!("tapdisk: {}", harmless(&said));
     }
 }

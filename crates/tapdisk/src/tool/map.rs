@@ -12,6 +12,7 @@ use storage::Storage;
 
 use super::disk::{Access, Asked, Disk};
 use crate::cli::tool::Map;
+use crate::screen::harmless;
 
 /// Text is printed in pieces of about so many bytes: a map may be long.
 const PIECE: usize = 64 << 10;
@@ -89,7 +90,8 @@ impl Text {
 
     /// A run of data as a line; of others nothing.
     fn line(&mut self, mapped: &Mapped, disk: &Disk) -> anyhow::Result<()> {
-        let file = disk.layers.get(mapped.depth).map(|layer| layer.file.path.display().to_string());
+        let file =
+            disk.layers.get(mapped.depth).map(|layer| harmless(&layer.file.path.display().to_string()));
         let place = match mapped.place {
             Some(place) => format!("{place:#x}"),
             None if mapped.is_packed => "compressed".into(),

@@ -14,6 +14,7 @@ mod progress;
 mod rebase;
 mod resize;
 mod snapshot;
+mod stoppable;
 mod target;
 
 use std::process::ExitCode;
@@ -25,6 +26,7 @@ use runtime::{Handle, RingFlags, Runtime, Uring};
 use signal_hook::consts::SIGXFSZ;
 
 use crate::cli::tool::Tool;
+use crate::screen::harmless;
 
 /// Memory that the kernel is told of once: enough for all pieces that are under way.
 const ARENA: usize = 48 << 20;
@@ -36,7 +38,7 @@ pub(crate) fn run(tool: Tool) -> ExitCode {
     match attempt(tool) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tapdisk: {}", whole(&error));
+            eprintln!("tapdisk: {}", harmless(&whole(&error)));
             match error.downcast_ref::<ToolError>() {
                 Some(ToolError::Stopped) => ExitCode::from(STOPPED),
                 Some(ToolError::Source(_) | ToolError::Target(_) | ToolError::Panicked) | None => {

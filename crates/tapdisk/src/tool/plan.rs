@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
-use block::{Buf, Span};
+use block::{Buf, Errno, Error, Span};
 use image::{Backing, Format, qcow, qcow2, vhd};
 use storage::{Storage, Zeroing};
 
@@ -150,7 +150,7 @@ impl Plan {
         match preallocation {
             Preallocation::Off => Ok(()),
             Preallocation::Metadata => bail!("-o preallocation: a raw image has no metadata to allocate"),
-            Preallocation::Falloc => Ok(file.zero(whole, Zeroing { unmap: false, fast: true }).await?),
+            Preallocation::Falloc => allocate(file, whole).await,
             Preallocation::Full => write_zeroes(file, whole).await,
         }
     }
@@ -243,6 +243,19 @@ impl Plan {
             ..plain
         };
         Ok(vhd::create(file, &options).await?)
+    }
+}
+
+/// Gives an empty file space, as posix_fallocate(3) does: by writing where the file system has no other way.
+async fn allocate(file: &Rc<dyn Storage>, whole: Span) -> anyhow::Result<()> {
+    let has_not = |error: &Error| error.errno() == Errno::EOPNOTSUPP;
+    match file.zero(whole, Zeroing { unmap: false, fast: true }).await {
+        Err(error) if has_not(&error) => {}
+        done => return Ok(done?),
+    }
+    match file.reserve(whole).await {
+        Err(error) if has_not(&error) => write_zeroes(file, whole).await,
+        done => Ok(done?),
     }
 }
 

@@ -9,7 +9,9 @@ use image::{Format, Header, qcow2};
 use runtime::Handle;
 use storage::Storage;
 
-use super::disk::{Access, Asked, from_image, refuse_loop, refuse_no_path, say_if_forbidden};
+use super::disk::{
+    Access, Asked, from_image, is_same, refuse_loop, refuse_no_path, refuse_snapshots, say_if_forbidden,
+};
 use super::progress::Progress;
 use crate::cli::tool::Rebase;
 
@@ -29,12 +31,19 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         asked.refuse_pending(&opened)?;
         let file: Rc<dyn Storage> = Rc::new(storage::File::new(handle, opened));
         refuse_other(path, asked.format_of(&file, is_block_device).await?)?;
+        // The image above has to say it: a header that a guest has written says anything.
+        if let (Some(name), None) = (name, arguments.backing_format) {
+            bail!("which format has {name}? Nothing is looked at with `-u`: say it with -F");
+        }
+        if let Some(name) = name {
+            refuse_itself(path, &from_image(path, name))?;
+        }
         change(&file, path, name, arguments.backing_format).await?;
         file
     } else {
         let new = name.map(|name| (name, from_image(path, name)));
         if let Some((name, new)) = &new {
-            let asked = Asked::new(new, arguments.backing_format, Access::Read, places);
+            let asked = Asked::below(new, arguments.backing_format, places);
             let layers = asked.walk(handle).await;
             refuse_loop(
                 path,
@@ -51,9 +60,10 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         })?;
         refuse_other(path, disk.top().header.format())?;
         refuse_raw_data(path, name, &disk.top().header)?;
+        refuse_snapshots(path, &disk.top().header)?;
         let new = match &new {
             Some((name, new)) => {
-                let asked = Asked::new(new, arguments.backing_format, Access::Read, places);
+                let asked = Asked::below(new, arguments.backing_format, places);
                 let new = asked.open(handle).await;
                 Some(new.with_context(|| format!("{name} cannot be below {}", path.display()))?)
             }
@@ -83,6 +93,16 @@ pub(super) async fn run(handle: &Handle, arguments: &Rebase) -> anyhow::Result<(
         None => format!("{} stands alone now\n", path.display()),
     };
     crate::print(text.as_bytes())
+}
+
+/// Nothing is looked at, but who would stand on itself could not be opened.
+fn refuse_itself(image: &Path, below: &Path) -> anyhow::Result<()> {
+    match (std::fs::metadata(image), std::fs::metadata(below)) {
+        (Ok(image_is), Ok(below_is)) if is_same(&image_is, &below_is) => {
+            bail!("{} cannot be below itself: {} is the same file", image.display(), below.display())
+        }
+        (Ok(_) | Err(_), Ok(_) | Err(_)) => Ok(()),
+    }
 }
 
 /// Only qcow2 has the room, and the order of writes, to change the name of what is below.

@@ -222,7 +222,7 @@ fn a_resize_that_dies_never_shows_what_a_longer_image_below_has() {
 }
 
 #[test]
-fn what_a_copy_that_died_has_left_is_taken_by_the_next() {
+fn what_a_copy_that_died_has_left_is_removed_by_force_alone() {
     let Some(fs) = mount() else { return };
     let folder = Folder::new();
     folder.disk("disk.raw");
@@ -232,7 +232,11 @@ fn what_a_copy_that_died_has_left_is_taken_by_the_next() {
         assert!(is_killed(&fs, &folder, &words, place), "{place}");
         // What has its name is whole, so nothing has it.
         assert!(part.exists() && !Path::new(&copy).exists(), "{place}");
-        folder.tapdisk(&words);
+        // It may as well be somebody else's.
+        let left = std::fs::read(&part).unwrap();
+        folder.refuses(&words, 1, &["copy.qcow2.part", "--force"]);
+        assert!(left == std::fs::read(&part).unwrap(), "{place}");
+        folder.tapdisk(&[&words[..], &["--force"]].concat());
         is_whole(&folder, &copy, folder.path("disk.raw").to_str().unwrap(), place);
         assert!(!part.exists(), "{place}");
         std::fs::remove_file(&copy).unwrap();

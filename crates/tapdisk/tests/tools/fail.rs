@@ -97,16 +97,10 @@ fn has_pending_signals(pid: u32) -> bool {
     pending.trim().bytes().any(|digit| digit != b'0')
 }
 
-#[test]
-fn told_to_stop_it_leaves_nothing() {
-    // A process whose thread waits for storage within a call would not hear of the signal.
-    let Some(fs) = mount() else { return };
-    let folder = Folder::new();
-    folder.disk("disk.raw");
-    let target = name(&fs, "copy");
-    fs.rule("write:hang:1M..".parse().unwrap());
-    let words = ["convert", "-t", "none", "disk.raw", &target];
-    let child = folder.command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+/// Tells a command to stop whose write to a place of this store hangs.
+fn is_told_to_stop(fs: &FaultFs, folder: &Folder, rule: &str, words: &[&str]) {
+    fs.rule(rule.parse().unwrap());
+    let child = folder.command(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     assert!(fs.wait_hanging(1, LONG));
     rustix::process::kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     // What hangs it waits for: the kernel has its memory.
@@ -118,10 +112,41 @@ fn told_to_stop_it_leaves_nothing() {
     fs.clear();
     fs.release();
     let ended = child.wait_with_output().unwrap();
-    let words = String::from_utf8(ended.stderr).unwrap();
-    assert_eq!(ended.status.code(), Some(130), "{words}");
-    assert!(words.contains("told to stop"), "{words}");
-    assert_eq!(left(&fs), [""; 0]);
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{words:?}: {said}");
+    assert!(said.contains("told to stop"), "{words:?}: {said}");
+    assert_eq!(left(fs), [""; 0], "{words:?}");
+}
+
+#[test]
+fn told_to_stop_it_leaves_nothing() {
+    // A process whose thread waits for storage within a call would not hear of the signal.
+    let Some(fs) = mount() else { return };
+    let folder = Folder::new();
+    folder.disk("disk.raw");
+    let target = name(&fs, "copy");
+    is_told_to_stop(&fs, &folder, "write:hang:1M..", &["convert", "-t", "none", "disk.raw", &target]);
+    let full = "preallocation=full";
+    let words = ["convert", "-t", "none", "-O", "qcow2", "-o", full, "disk.raw", &target];
+    is_told_to_stop(&fs, &folder, "write:hang:2M..", &words);
+}
+
+#[test]
+fn a_new_image_that_is_being_filled_can_be_stopped_and_leaves_nothing() {
+    let Some(fs) = mount() else { return };
+    let folder = Folder::new();
+    let target = name(&fs, "copy");
+    let apart = format!("preallocation=full,data_file={}", name(&fs, "data"));
+    for (format, options) in [
+        ("raw", "preallocation=full"),
+        ("qcow2", "preallocation=full"),
+        ("qcow2", &apart),
+        ("vhd", "preallocation=full"),
+        ("vhd", "preallocation=full,subformat=fixed"),
+    ] {
+        let words = ["create", "-f", format, "-o", options, &target, "16M"];
+        is_told_to_stop(&fs, &folder, "write:hang:2M..", &words);
+    }
 }
 
 #[test]

@@ -106,6 +106,29 @@ fn a_rebase_changes_what_is_below_and_not_the_disk() {
 }
 
 #[test]
+fn what_snapshots_show_is_not_changed_from_below() {
+    let folder = Folder::new();
+    pair(&folder, "16M");
+    folder.qemu_img(&["snapshot", "-c", "kept", "top.qcow2"]);
+    folder.qemu_io("qcow2", "top.qcow2", &["write -P 91 0 2M"]);
+    folder.qemu_img(&["create", "-q", "-f", "raw", "other.raw", "16M"]);
+    let all = ["top.qcow2", "base.raw"].map(|name| std::fs::read(folder.path(name)).unwrap());
+    for words in [&["commit"][..], &["rebase", "-b", "other.raw", "-F", "raw"], &["rebase", "-b", ""]] {
+        folder.refuses(&[words, &["top.qcow2"]].concat(), 1, &["has 1 snapshot within", "snapshot -l"]);
+    }
+    assert!(all == ["top.qcow2", "base.raw"].map(|name| std::fs::read(folder.path(name)).unwrap()));
+    // The same bytes under another name.
+    std::fs::rename(folder.path("base.raw"), folder.path("moved.raw")).unwrap();
+    folder.tapdisk(&["rebase", "-u", "-b", "moved.raw", "-F", "raw", "top.qcow2"]);
+    // Without it nothing is in the way.
+    folder.tapdisk(&["snapshot", "-d", "kept", "top.qcow2"]);
+    folder.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "before.raw"]);
+    folder.tapdisk(&["rebase", "-b", "other.raw", "-F", "raw", "top.qcow2"]);
+    folder.tapdisk(&["commit", "top.qcow2"]);
+    folder.same(("other.raw", "raw"), ("before.raw", "raw"));
+}
+
+#[test]
 fn a_disk_gets_the_size_that_it_is_told() {
     let folder = Folder::new();
     folder.disk("disk.raw");
@@ -179,4 +202,31 @@ fn snapshots_are_those_of_qemu_img() {
     assert_eq!(folder.tapdisk(&["snapshot", "--json", "disk.qcow2"]).json().as_array().unwrap().len(), 0);
     folder.refuses(&["snapshot", "-a", "third", "disk.qcow2"], 1, &["third"]);
     folder.refuses(&["snapshot", "-c", "first", "disk.raw"], 1, &["raw image, which has no snapshots"]);
+}
+
+#[test]
+fn a_snapshot_is_meant_by_what_qemu_img_means_it_by() {
+    let folder = Folder::new();
+    folder.qemu_img(&["create", "-q", "-f", "qcow2", "ours.qcow2", "4M"]);
+    // Their identifiers are 1, 2 and 3.
+    for (name, byte) in [("2", "1"), ("1", "2"), ("x", "3")] {
+        folder.qemu_io("qcow2", "ours.qcow2", &[&format!("write -P {byte} 0 1M")]);
+        folder.qemu_img(&["snapshot", "-c", name, "ours.qcow2"]);
+    }
+    let copy = || std::fs::copy(folder.path("ours.qcow2"), folder.path("theirs.qcow2")).unwrap();
+    let listed = |name: &str| folder.qemu_img(&["info", "--output=json", name]).json()["snapshots"].clone();
+    for wanted in ["1", "2", "3", "x"] {
+        copy();
+        folder.qemu_img(&["snapshot", "-a", wanted, "theirs.qcow2"]);
+        folder.tapdisk(&["snapshot", "-a", wanted, "ours.qcow2"]);
+        folder.same(("ours.qcow2", "qcow2"), ("theirs.qcow2", "qcow2"));
+    }
+    copy();
+    folder.qemu_img(&["snapshot", "-d", "1", "theirs.qcow2"]);
+    folder.tapdisk(&["snapshot", "-d", "1", "ours.qcow2"]);
+    assert_eq!(listed("ours.qcow2"), listed("theirs.qcow2"));
+    // What is no name is an identifier.
+    folder.tapdisk(&["snapshot", "-d", "3", "ours.qcow2"]);
+    let left = listed("ours.qcow2");
+    assert_eq!((left.as_array().unwrap().len(), &left[0]["name"]), (1, &"2".into()));
 }

@@ -3,6 +3,7 @@
 mod check;
 mod convert;
 mod death;
+mod device;
 mod fail;
 mod folder;
 mod layers;

@@ -276,3 +276,74 @@ fn a_raw_disk_that_begins_like_another_format_is_said_to() {
     assert!(ended.stderr.contains("begins like qcow2: `-f qcow2`"), "{ended:?}");
     assert!(folder.tapdisk(&["info", "-f", "qcow2", "guest.raw"]).stderr.is_empty());
 }
+
+#[test]
+fn a_name_alone_leaves_an_image_that_can_be_opened() {
+    let folder = Folder::new();
+    folder.tapdisk(&["create", "base.raw", "1M"]);
+    folder.tapdisk(&["create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"]);
+    let before = std::fs::read(folder.path("top.qcow2")).unwrap();
+    // As qemu-img has it; else the format that was written down would be lost, or be wrong.
+    folder.refuses(&["rebase", "-u", "-b", "moved.raw", "top.qcow2"], 1, &["which format", "-F"]);
+    symlink("top.qcow2", folder.path("link")).unwrap();
+    for name in ["top.qcow2", "link", "./top.qcow2"] {
+        folder.refuses(
+            &["rebase", "-u", "-b", name, "-F", "qcow2", "top.qcow2"],
+            1,
+            &["cannot be below itself"],
+        );
+    }
+    assert!(before == std::fs::read(folder.path("top.qcow2")).unwrap());
+    folder.tapdisk(&["rebase", "-u", "-b", "", "top.qcow2"]);
+    folder.tapdisk(&["rebase", "-u", "-b", "base.raw", "-F", "raw", "top.qcow2"]);
+    folder.tapdisk(&["map", "top.qcow2"]);
+}
+
+#[test]
+fn names_in_an_image_give_no_orders_to_a_terminal() {
+    let folder = Folder::new();
+    let name = "\u{1b}[2Jb\n.raw";
+    let words = ["create", "-u", "-f", "qcow2", "-b", name, "-F", "raw", "top.qcow2", "1M"];
+    folder.tapdisk(&words);
+    let shown = r"\u{1b}[2Jb\n.raw";
+    let is_harmless = |text: &str, lines: usize| {
+        assert!(!text.contains('\u{1b}') && text.contains(shown), "{text}");
+        assert_eq!(text.lines().count(), lines, "{text}");
+    };
+    let ended = folder.run(&["map", "top.qcow2"]);
+    assert_eq!(ended.code, Some(1));
+    is_harmless(&ended.stderr, 1);
+    let ended = folder.run(&["serve", "top.qcow2", "--nbd", "unix:socket", "--state-dir", "state"]);
+    assert_eq!(ended.code, Some(1));
+    is_harmless(ended.stderr.lines().last().unwrap(), 1);
+    std::fs::write(folder.path(name), vec![1; 1 << 20]).unwrap();
+    is_harmless(&folder.tapdisk(&["map", "top.qcow2"]).stdout, 2);
+}
+
+#[test]
+fn a_format_is_asked_for_by_the_option_that_says_it() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("plain"), [7; 4096]).unwrap();
+    folder.tapdisk(&["create", "-f", "qcow2", "top.qcow2", "1M"]);
+    for words in
+        [&["create", "-f", "qcow2", "-b", "plain", "new"][..], &["rebase", "-b", "plain", "top.qcow2"]]
+    {
+        folder.refuses(words, 1, &["plain begins like no image", "-F raw"]);
+    }
+    folder.refuses(&["map", "plain"], 1, &["plain begins like no image", "-f raw"]);
+}
+
+/// tmpfs has no FALLOC_FL_ZERO_RANGE.
+#[test]
+fn space_is_reserved_where_zeroes_cannot_be() {
+    let folder = Folder::new();
+    let shared = tempfile::tempdir_in("/dev/shm").unwrap();
+    for format in ["raw", "qcow2", "vhd"] {
+        let path = shared.path().join(format);
+        let words = ["create", "-f", format, "-o", "preallocation=falloc", path.to_str().unwrap(), "4M"];
+        folder.tapdisk(&words);
+        let made = std::fs::metadata(&path).unwrap();
+        assert!(made.blocks() * 512 >= 4 * MIB && made.len() >= 4 * MIB, "{format}: {made:?}");
+        assert!(format != "raw" || std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
+    }
+}
