@@ -49,3 +49,16 @@ pub fn is_fixed(tail: &[u8]) -> bool {
     let from = |len: usize| tail.len().checked_sub(len).and_then(|at| tail.get(at..));
     [SECTOR as usize, SECTOR as usize - 1].into_iter().filter_map(from).any(is)
 }
+
+/// Whether a file with these last 512 bytes may be a fixed image, whatever it begins with, which is its guest's: they are the
+/// footer of one, whole or damaged, or what blktap leaves of one while it has the image open.
+pub fn ends_fixed(tail: &[u8]) -> bool {
+    let kind = |from: &[u8]| from.get(60..64) == Some(&Subformat::Fixed.code().to_be_bytes());
+    let from = |len: usize| tail.len().checked_sub(len).and_then(|at| tail.get(at..));
+    let is_killed = tail.len() == SECTOR as usize && tail.iter().all(|byte| *byte == footer::KILLED);
+    is_killed
+        || [SECTOR as usize, SECTOR as usize - 1]
+            .into_iter()
+            .filter_map(from)
+            .any(|from| is(from) && kind(from))
+}
