@@ -6,6 +6,7 @@ use std::rc::Rc;
 use block::{Errno, Error, Result, Span};
 use storage::{Permits, Storage};
 
+use super::cut::{self, SLACK};
 use super::footer::Footer;
 use super::header::{Header, Sparse, TABLE_STEP, UNUSED};
 use super::{SECTOR, Subformat, batmap};
@@ -14,9 +15,6 @@ use crate::{Extent, ImageError};
 
 /// Tables and bitmaps point to data: they are written when that is durable.
 pub(super) const STAGE: Stage = 1;
-/// How far behind the last place a block may begin that was given a place and nothing else, in bytes: blktap aligns the
-/// data of blocks to pages.
-const SLACK: u64 = 4096;
 /// Where data is put so that it is aligned for any storage, in bytes.
 pub(super) const ALIGN: u64 = 4096;
 
@@ -109,6 +107,19 @@ impl Blocks {
             sparse.check_whole()?;
         }
         let last = self.judge(sparse, end).await?;
+        if let Some(at) = last {
+            if self.writable {
+                cut::refuse(&file, sparse, at, end).await?;
+            }
+            if at + self.bitmap > end && header.footer_at.is_none() {
+                tracing::warn!(
+                    at,
+                    end,
+                    "the last block of an image is not in the file: unless it was given its place and nothing else, as blktap \
+                     does, it was cut off"
+                );
+            }
+        }
         let next = last.map_or(0, |last| last + self.whole()).max(sparse.taken_until());
         // Places that were given away and are not in the table yet are behind those that are.
         let next = next.max(self.next.get());

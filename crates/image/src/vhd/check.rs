@@ -8,7 +8,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::blocks::ALIGN;
 use super::create::write;
-use super::footer::{Footer, Subformat};
+use super::cut::{self, Cut, SLACK};
+use super::footer::{Flaw, Footer, Subformat};
 use super::header::{Footers, Header, Locator, SECOND, SECOND_COOKIE, Second, Sparse, UNUSED, read};
 use super::{SECTOR, batmap};
 use crate::{ImageError, Repair, Report};
@@ -40,13 +41,14 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
         Some(sparse) => {
             check.stray(&sparse).await?;
             let entries = check.table(&sparse).await?;
-            check.cut(&sparse, &entries).await?;
+            let entries = check.cut(&sparse, entries).await?;
+            check.keep_the_end();
             check.batmap(&sparse, &entries).await?;
             check.end(&sparse, &entries).await?;
             check.footers().await?;
         }
     }
-    if check.repair != Repair::No && check.report.corruptions_fixed + check.report.leaks_fixed > 0 {
+    if check.report.corruptions_fixed + check.report.leaks_fixed > 0 {
         file.flush().await?;
     }
     Ok(check.report)
@@ -177,6 +179,18 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Nothing is put behind the end of a file, or given back there, while it may have lost something: that would be taken
+    /// for what is lost.
+    fn keep_the_end(&mut self) {
+        if self.report.corruptions > 0 && self.repair != Repair::No {
+            self.repair = Repair::No;
+            self.report.note(|| {
+                "leaks are left as they are until the faults are put right: `--repair all` does both"
+                    .to_owned()
+            });
+        }
+    }
+
     /// Checks each entry of the table; gives those that make sense.
     async fn table(&mut self, sparse: &Sparse) -> Result<Vec<u32>, ImageError> {
         let whole = sparse.bitmap() + sparse.block();
@@ -205,7 +219,7 @@ impl Check<'_> {
                 Some(format!("block {block} is at {place:?}, over metadata at {taken:?}"))
             } else if at < free_from {
                 Some(format!("block {block} is at {place:?}, over another block that ends at {free_from}"))
-            } else if place.end() > end && (Some(entry) != last || at > end + ALIGN) {
+            } else if place.end() > end && (Some(entry) != last || at > end + SLACK) {
                 Some(format!("block {block} is at {place:?}, beyond the end of the file's blocks at {end}"))
             } else {
                 None
@@ -237,43 +251,49 @@ impl Check<'_> {
         Ok(entries)
     }
 
-    /// Looks for sectors of the last block that are marked as written and are not in the file: it was cut off.
-    async fn cut(&mut self, sparse: &Sparse, entries: &[u32]) -> Result<(), ImageError> {
+    /// Looks for sectors of the last block that are marked as written and are not in the file: it was cut off. Gives the
+    /// entries that are left.
+    async fn cut(&mut self, sparse: &Sparse, mut entries: Vec<u32>) -> Result<Vec<u32>, ImageError> {
         let end = self.header.footer_at.unwrap_or(self.file.size());
         let last = entries
-            .iter()
+            .iter_mut()
             .enumerate()
             .filter(|(_, entry)| **entry != UNUSED)
             .max_by_key(|(_, entry)| **entry);
-        let Some((block, entry)) = last else { return Ok(()) };
+        let Some((block, entry)) = last else { return Ok(entries) };
         let at = u64::from(*entry) * SECTOR;
-        let data = at + sparse.bitmap();
-        if data + sparse.block() <= end || at >= self.file.size() {
-            return Ok(());
-        }
-        let there = end.saturating_sub(data) / SECTOR;
-        let sectors = sparse.block() / SECTOR;
-        let mut bitmap = read(self.file, at, sectors.div_ceil(8).min(self.file.size() - at)).await?;
-        let mut lost = 0;
-        for sector in there..sectors {
-            let (byte, bit) = ((sector / 8) as usize, 0x80u8 >> (sector % 8));
-            if let Some(byte) = bitmap.get_mut(byte).filter(|byte| **byte & bit != 0) {
-                *byte &= !bit;
-                lost += 1;
-            }
-        }
-        if lost > 0
-            && self.corruption(|| {
+        let Cut { bitmap, lost } = cut::cut(self.file, sparse, at, end).await?;
+        if lost > 0 {
+            if self.corruption(|| {
                 format!(
                     "{lost} sectors of block {block} are marked as written, but the file ends before them, at {end}: it was \
                      cut off"
                 )
-            })
-        {
-            write(self.file, at, &bitmap).await?;
-            self.report.note(|| format!("in block {block} they read as if they had never been written"));
+            }) {
+                write(self.file, at, &bitmap).await?;
+                self.report.note(|| format!("in block {block} they read as if they had never been written"));
+            }
+        } else if at + sparse.bitmap() > end && at <= end + SLACK {
+            // blktap leaves one that was given a place and nothing else behind a footer, or behind what it makes of that while
+            // it has the image open. Where there is neither the file was cut off.
+            let is_killed = Footers::read(self.file).await?.last.1 == Err(Flaw::Killed);
+            let what = || {
+                format!(
+                    "block {block} is at {at}, and the file's blocks end at {end}: it was cut off, or was given that place and \
+                     nothing else"
+                )
+            };
+            if self.header.footer_at.is_some() || is_killed {
+                self.report.note(what);
+            } else if self.corruption(what) {
+                *entry = UNUSED;
+                let at = sparse.second.table_at.get() + block as u64 * 4;
+                write(self.file, at, &UNUSED.to_be_bytes()).await?;
+                self.report
+                    .note(|| format!("block {block} was dropped: it reads as if it had never been written"));
+            }
         }
-        Ok(())
+        Ok(entries)
     }
 
     /// Checks that blocks are full of which the batmap says so.

@@ -14,6 +14,7 @@ mod batmap;
 mod blocks;
 mod check;
 mod create;
+mod cut;
 mod footer;
 mod geometry;
 mod header;

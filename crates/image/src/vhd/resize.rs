@@ -11,6 +11,7 @@ use super::SECTOR;
 use super::batmap::{self, Batmap};
 use super::blocks::ALIGN;
 use super::create::{check_size, lengthen, write};
+use super::cut;
 use super::footer::{Footer, Subformat};
 use super::geometry::Geometry;
 use super::header::{Footers, Header, Sparse, UNUSED, check_blocks, read};
@@ -59,6 +60,10 @@ pub async fn resize(file: &Rc<dyn Storage>, bytes: u64) -> Result<(), ImageError
     if let Some(sparse) = &header.sparse {
         check_blocks(bytes, sparse.second.block.get())?;
         sparse.check_whole()?;
+        let table = Table::read(file, sparse).await?;
+        if let Some(last) = table.last() {
+            cut::refuse(file, sparse, last, header.footer_at.unwrap_or(file.size())).await?;
+        }
         forget_blocks(file, &header, sparse).await?;
     }
     let header = Header::read(file).await?;
@@ -213,10 +218,15 @@ impl<'a> Table<'a> {
         self.sparse.bitmap() + self.sparse.block()
     }
 
+    /// Where the last block begins.
+    fn last(&self) -> Option<u64> {
+        let used = self.entries.iter().filter(|entry| **entry != UNUSED);
+        used.map(|entry| u64::from(*entry) * SECTOR).max()
+    }
+
     /// Byte after the last block.
     fn end(&self) -> u64 {
-        let used = self.entries.iter().filter(|entry| **entry != UNUSED);
-        used.map(|entry| u64::from(*entry) * SECTOR + self.whole()).max().unwrap_or(0)
+        self.last().map_or(0, |last| last + self.whole())
     }
 
     /// Makes room for so many entries. The new table, and the batmap, come behind the metadata that is there; blocks that

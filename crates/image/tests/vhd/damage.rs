@@ -472,3 +472,97 @@ fn encrypted_images_are_refused_by_name() {
         assert!(error.to_string().contains("encrypted"), "{error}");
     });
 }
+
+/// A dynamic image of a disk of 8 MiB, all of it 0x55.
+async fn filled(handle: &Handle) -> Vec<u8> {
+    let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+    vhd::create(&ram, &Create { size: 8 * MIB, ..Create::default() }).await.unwrap();
+    let disk = over(handle, ram.clone(), false).await;
+    disk.write(0, Buf::from_bytes(&vec![0x55; 8 << 20])).await.unwrap();
+    disk.close().await.unwrap();
+    contents(&ram).await
+}
+
+#[test]
+fn what_was_cut_off_the_last_block_never_becomes_zeroes_unasked() {
+    run(async |handle| {
+        let whole = filled(&handle).await;
+        for cut in [1024, 513, 1 << 20, (2 << 20) - 4096] {
+            let bytes = &whole[..whole.len() - cut];
+            let ram = stored(bytes).await;
+            let error = open_image(&handle, ram.clone(), true).await.err().unwrap();
+            assert!(error.to_string().contains("cut off"), "{error}");
+            let error = vhd::resize(&ram, 16 * MIB).await.unwrap_err();
+            assert!(error.to_string().contains("cut off"), "{error}");
+            // Nor where only space was asked for.
+            let report = vhd::check(&ram, Repair::Leaks).await.unwrap();
+            assert!(report.corruptions == 1 && report.leaks_fixed == 0, "{report:?}");
+            assert!(contents(&ram).await == bytes, "{cut}");
+            let disk = Chain::new(&handle, Rc::new(open_image(&handle, ram.clone(), false).await.unwrap()));
+            let error = disk.read(8 * MIB - 512, Buf::zeroed(512)).await.unwrap_err();
+            assert_eq!(error.errno(), Errno::EIO);
+            drop(disk);
+            // What is lost is lost when somebody says so.
+            assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().corruptions_fixed, 1);
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_safe());
+            let found = all_of(&over(&handle, ram.clone(), false).await).await;
+            let there = found.iter().position(|byte| *byte == 0).unwrap();
+            assert_eq!(there, ((8 << 20) + 512 - cut) / 512 * 512);
+            assert!(found[..there].iter().all(|byte| *byte == 0x55));
+        }
+    });
+}
+
+#[test]
+fn a_block_that_was_cut_off_as_a_whole_is_told_from_one_that_blktap_gave_a_place() {
+    run(async |handle| {
+        let whole = filled(&handle).await;
+        let last = whole.len() - 512 - (2 << 20) - 512;
+        for len in [last, last - 512, last - 3584] {
+            let ram = stored(&whole[..len]).await;
+            assert_eq!(vhd::check(&ram, Repair::No).await.unwrap().corruptions, 1, "{len}");
+            assert_eq!(vhd::check(&ram, Repair::Leaks).await.unwrap().corruptions, 1, "{len}");
+            assert_eq!(ram.size(), len as u64);
+            let report = vhd::check(&ram, Repair::All).await.unwrap();
+            assert_eq!(report.corruptions_fixed, 1, "{report:?}");
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_clean());
+            judge(&contents(&ram).await);
+        }
+        // As blktap leaves it when its host dies: the footer that was there is filled with 0xc7, or as it was.
+        for footer in [&[0xc7; 512][..], &whole[whole.len() - 512..]] {
+            let bytes = [&whole[..last - 512], footer].concat();
+            let ram = stored(&bytes).await;
+            let report = vhd::check(&ram, Repair::No).await.unwrap();
+            assert!(report.is_safe(), "{report:?}");
+            assert!(
+                report.notes.iter().any(|note| note.contains("that place and nothing else")),
+                "{report:?}"
+            );
+            let disk = over(&handle, ram.clone(), false).await;
+            assert!(all_of(&disk).await[6 << 20..].iter().all(|byte| *byte == 0));
+        }
+    });
+}
+
+#[test]
+fn an_entry_far_behind_the_end_makes_no_long_file() {
+    run(async |handle| {
+        let mut bytes = filled(&handle).await;
+        bytes[1536 + 4..1536 + 8].copy_from_slice(&0xf300_0000_u32.to_be_bytes());
+        for at in [1536, 1536 + 4] {
+            let ram = stored(&bytes).await;
+            let report = vhd::check(&ram, Repair::Leaks).await.unwrap();
+            assert!(report.corruptions > 0 && report.leaks_fixed == 0, "{at}: {report:?}");
+            assert!(contents(&ram).await == bytes, "{at}");
+            assert!(vhd::resize(&ram, 16 * MIB).await.is_err());
+            assert!(contents(&ram).await == bytes, "{at}");
+            // It is put right at the cost of the block.
+            let report = vhd::check(&ram, Repair::All).await.unwrap();
+            assert!(report.is_clean() || report.is_safe(), "{report:?}");
+            assert!(ram.size() <= bytes.len() as u64);
+            // Then one without its footer.
+            let last = bytes.len() - 512;
+            bytes[last..].fill(0);
+        }
+    });
+}
