@@ -28,7 +28,6 @@ pub(super) struct Blocks {
     /// Bytes of a block's bitmap.
     pub(super) bitmap: u64,
     table_at: Cell<u64>,
-    count: Cell<u32>,
     /// A bit for each block that is known to have all its sectors, never unset.
     full: RefCell<Vec<u64>>,
     /// By number of sector: who changes the table's entry of a block has all its sectors.
@@ -70,7 +69,6 @@ impl Blocks {
             shift: sparse.block().trailing_zeros(),
             bitmap: sparse.bitmap(),
             table_at: Cell::new(0),
-            count: Cell::new(0),
             full: RefCell::default(),
             units: Units::default(),
             growing: Permits::new(1),
@@ -99,7 +97,6 @@ impl Blocks {
             // A table that has moved may lie over them.
             self.spare.borrow_mut().clear();
         }
-        self.count.set(sparse.blocks);
         self.full.borrow_mut().resize((sparse.blocks as usize).div_ceil(64), 0);
         *self.footer.borrow_mut() = header.footer;
         let end = header.footer_at.unwrap_or(file.size());
@@ -153,7 +150,9 @@ impl Blocks {
     /// Reads the whole table and judges it, for a file whose blocks end at `end`. Gives the byte where the last block
     /// begins.
     async fn judge(&self, sparse: &Sparse, end: u64) -> std::result::Result<Option<u64>, ImageError> {
-        let len = u64::from(self.count.get()) * 4;
+        // Who only reads looks at the disk's blocks alone.
+        let count = if self.writable { sparse.listed() } else { sparse.blocks };
+        let len = u64::from(count) * 4;
         let mut places: Vec<u32> = Vec::new();
         let mut problem = None;
         for from in (0..len).step_by(TABLE_STEP as usize) {

@@ -195,7 +195,7 @@ impl Check<'_> {
     async fn table(&mut self, sparse: &Sparse) -> Result<Vec<u32>, ImageError> {
         let whole = sparse.bitmap() + sparse.block();
         let end = self.header.footer_at.unwrap_or(self.file.size());
-        let bytes = read(self.file, sparse.second.table_at.get(), u64::from(sparse.blocks) * 4).await?;
+        let bytes = read(self.file, sparse.second.table_at.get(), u64::from(sparse.listed()) * 4).await?;
         let mut entries: Vec<u32> = bytes
             .chunks_exact(4)
             .map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]))
@@ -208,7 +208,8 @@ impl Check<'_> {
             .collect();
         places.sort_unstable();
         self.report.total_clusters = u64::from(sparse.blocks);
-        self.report.allocated_clusters = places.len() as u64;
+        let is_shown = |(_, block): &&(u32, usize)| *block < sparse.blocks as usize;
+        self.report.allocated_clusters = places.iter().filter(is_shown).count() as u64;
         let last = places.last().map(|(entry, _)| *entry);
         let mut free_from = 0;
         let mut dropped = Vec::new();
@@ -242,6 +243,7 @@ impl Check<'_> {
         }
         let used: Vec<u64> = entries
             .iter()
+            .take(sparse.blocks as usize)
             .filter(|entry| **entry != UNUSED)
             .map(|entry| u64::from(*entry) * SECTOR)
             .collect();
@@ -309,7 +311,7 @@ impl Check<'_> {
                 map.fill(0);
             }
         }
-        for (block, entry) in entries.iter().enumerate() {
+        for (block, entry) in entries.iter().take(sparse.blocks as usize).enumerate() {
             let (byte, bit) = (block / 8, 0x80u8 >> (block % 8));
             if map.get(byte).is_none_or(|byte| byte & bit == 0) {
                 continue;

@@ -208,7 +208,7 @@ struct Table<'a> {
 
 impl<'a> Table<'a> {
     async fn read(file: &'a Rc<dyn Storage>, sparse: &'a Sparse) -> Result<Table<'a>, ImageError> {
-        let bytes = read(file, sparse.second.table_at.get(), u64::from(sparse.blocks) * 4).await?;
+        let bytes = read(file, sparse.second.table_at.get(), u64::from(sparse.listed()) * 4).await?;
         let entries =
             bytes.chunks_exact(4).map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]));
         Ok(Table { file, sparse, entries: entries.collect() })
@@ -249,6 +249,8 @@ impl<'a> Table<'a> {
             });
             let end = batmap.as_ref().map_or(start + len, |new| new.at.get() + new.len());
             self.make_way(header, start, end).await?;
+            // Blocks that the disk is to have are unused: nobody has looked at their entries so far.
+            self.entries.truncate(sparse.blocks as usize);
             self.entries.resize((len / 4) as usize, UNUSED);
             let table: Vec<u8> = self.entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
             for (number, part) in table.chunks(STEP as usize).enumerate() {

@@ -566,3 +566,67 @@ fn an_entry_far_behind_the_end_makes_no_long_file() {
         }
     });
 }
+
+/// Says of a disk of 8 MiB that it has `size` bytes, or again that it has 8 MiB.
+fn claim(bytes: &mut [u8], size: u64) {
+    let last = bytes.len() - 512;
+    for at in [0, last] {
+        bytes[at + 48..at + 56].copy_from_slice(&size.to_be_bytes());
+        seal(bytes, at);
+    }
+}
+
+#[test]
+fn blocks_behind_the_end_of_the_disk_are_left_alone() {
+    run(async |handle| {
+        // Of Virtual PC and QEMU there are images whose disk is smaller, by its geometry, than by the size that others go by.
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: 8 * MIB, ..Create::default() }).await.unwrap();
+        let disk = over(&handle, ram.clone(), false).await;
+        disk.write(0, Buf::from_bytes(&[1; 4096])).await.unwrap();
+        disk.write(6 * MIB, Buf::from_bytes(&vec![6; 2 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        drop(disk);
+        let mut bytes = contents(&ram).await;
+        claim(&mut bytes, 4 * MIB);
+        let ram = stored(&bytes).await;
+        for repair in [Repair::No, Repair::Leaks, Repair::All] {
+            let report = vhd::check(&ram, repair).await.unwrap();
+            assert!(report.is_clean() && report.leaks_fixed + report.corruptions_fixed == 0, "{report:?}");
+            assert_eq!((report.allocated_clusters, report.total_clusters), (1, 2));
+        }
+        assert!(contents(&ram).await == bytes);
+        // Neither a new block nor the end comes over them.
+        let disk = over(&handle, ram.clone(), false).await;
+        disk.write(2 * MIB, Buf::from_bytes(&vec![2; 2 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        drop(disk);
+        let mut bytes = contents(&ram).await;
+        judge(&bytes);
+        claim(&mut bytes, 8 * MIB);
+        let found = all_of(&over(&handle, stored(&bytes).await, false).await).await;
+        assert!(found[2 << 20..4 << 20].iter().all(|byte| *byte == 2));
+        assert!(found[6 << 20..].iter().all(|byte| *byte == 6));
+        // A disk that becomes so large does not show them.
+        for size in [8 * MIB, 40 << 30] {
+            claim(&mut bytes, 4 * MIB);
+            let ram = stored(&bytes).await;
+            vhd::resize(&ram, size).await.unwrap();
+            judge(&contents(&ram).await);
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_safe());
+            let disk = over(&handle, ram, false).await;
+            let buf = Buf::zeroed(8 << 20);
+            disk.read(0, buf.clone()).await.unwrap();
+            assert!(buf.to_vec()[..4 << 20] == found[..4 << 20], "{size}");
+            assert!(buf.to_vec()[4 << 20..].iter().all(|byte| *byte == 0), "{size}");
+        }
+        // One that lies over a block of the disk is a fault.
+        claim(&mut bytes, 4 * MIB);
+        bytes.copy_within(1536..1540, 1536 + 12);
+        let ram = stored(&bytes).await;
+        let error = open_image(&handle, ram.clone(), true).await.err().unwrap();
+        assert!(error.to_string().contains("lies over"), "{error}");
+        assert!(open_image(&handle, ram.clone(), false).await.is_ok(), "it can be read");
+        assert_eq!(vhd::check(&ram, Repair::No).await.unwrap().corruptions, 1);
+    });
+}
