@@ -7,9 +7,9 @@ use storage::Storage;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::blocks::ALIGN;
-use super::create::write;
+use super::create::{random_id, write};
 use super::cut::{self, Cut, SLACK};
-use super::footer::{Flaw, Footer, Subformat};
+use super::footer::{self, Flaw, Footer, Subformat};
 use super::header::{Footers, Header, Locator, SECOND, SECOND_COOKIE, Second, Sparse, UNUSED, read};
 use super::{SECTOR, batmap};
 use crate::{ImageError, Repair, Report};
@@ -30,6 +30,7 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
         find_footer(file, &mut report).await?;
     }
     if repair == Repair::All {
+        revive_footer(file, &mut report).await?;
         seal_second(file, &mut report).await?;
     }
     let header = Header::read(file).await?;
@@ -88,6 +89,27 @@ async fn find_footer(file: &Rc<dyn Storage>, report: &mut Report) -> Result<(), 
         }
         return Ok(());
     }
+    Ok(())
+}
+
+/// Makes a new footer for a fixed image whose own blktap has filled with 0xc7: all before it is the disk.
+async fn revive_footer(file: &Rc<dyn Storage>, report: &mut Report) -> Result<(), ImageError> {
+    let Footers { last: (at, last), copy } = Footers::read(file).await?;
+    // A dynamic one that has lost its copy is another thing.
+    if last != Err(Flaw::Killed) || copy != Err(Flaw::Cookie) || at == 0 || !at.is_multiple_of(SECTOR) {
+        return Ok(());
+    }
+    let second = SECTOR + SECOND_COOKIE.len() as u64;
+    if second <= at && read(file, SECTOR, SECOND_COOKIE.len() as u64).await? == SECOND_COOKIE {
+        return Ok(());
+    }
+    let created = footer::timestamp(std::time::SystemTime::now());
+    let footer = Footer::new(Subformat::Fixed, at, created, random_id()?);
+    write(file, at, &footer.bytes()).await?;
+    report.corruptions_fixed += 1;
+    report.note(|| {
+        format!("the footer at {at} was filled with 0xc7: a new one says that all before it is a fixed disk")
+    });
     Ok(())
 }
 

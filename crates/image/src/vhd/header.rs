@@ -226,7 +226,8 @@ impl Footers {
             ))),
             (Err(flaw), _) => Err(invalid(format!(
                 "this is no VHD, or a damaged one: a footer was expected at {at}, where {flaw}; and a copy of it at 0, \
-                 where {}. If it is a fixed one that was being made larger, a check with repair finds the footer",
+                 where {}. If it is a fixed one, and something ended its growth or blktap while that had it open, \
+                 `tapdisk check -f vhd --repair all` puts its footer back",
                 match &self.copy {
                     Ok(_) => "there is one of a fixed image, which has none there".to_owned(),
                     Err(flaw) => flaw.to_string(),

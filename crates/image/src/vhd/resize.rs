@@ -15,7 +15,7 @@ use super::cut;
 use super::footer::{Footer, Subformat};
 use super::geometry::Geometry;
 use super::header::{Footers, Header, Sparse, UNUSED, check_blocks, read};
-use crate::ImageError;
+use crate::{ImageError, qcow, qcow2};
 
 /// Bytes that are copied at a time.
 const STEP: u64 = 1 << 20;
@@ -120,16 +120,30 @@ async fn grow_fixed(
     let at = old.max(bytes);
     if at > old {
         // Between the next two steps there is no footer. Then a guest's would count.
-        if Footers::read(file).await?.copy.is_ok_and(|copy| copy.subformat() != Some(Subformat::Fixed)) {
+        let head = read(file, 0, SECTOR.min(old)).await?;
+        let is_dynamic =
+            Footers::read(file).await?.copy.is_ok_and(|copy| copy.subformat() != Some(Subformat::Fixed));
+        if is_dynamic || qcow::is(&head) || qcow2::is(&head) {
             return Err(ImageError::Refused(
-                "this fixed image has a disk that begins like a dynamic one. If something interrupted its growth, it could \
-                 be taken for that, and what a guest has written for its header: convert it to a larger image"
+                "this fixed image has a disk that begins like a dynamic one, or like one of qcow2. If something interrupted \
+                 its growth, it could be taken for that, and what a guest has written for its header: convert it to a larger \
+                 image"
                     .to_owned(),
             ));
         }
-        lengthen(file, at + SECTOR).await?;
-        write(file, at, &header.footer.bytes()).await?;
-        file.flush().await?;
+        let before = file.size();
+        if let Err(error) = move_footer(file, at, &header.footer).await {
+            // The old one is where it was, but it has to be the last sector.
+            if before < file.size()
+                && let Err(other) = file.resize(before).await
+            {
+                tracing::warn!(
+                    error = %other,
+                    "the end of a fixed image cannot be put back: a check that repairs all does that"
+                );
+            }
+            return Err(error.into());
+        }
     }
     let end = (old + SECTOR).min(bytes);
     if let Some(span) = end.checked_sub(header.size()).and_then(|len| Span::new(header.size(), len)) {
@@ -138,6 +152,12 @@ async fn grow_fixed(
     }
     write(file, at, &footer.bytes()).await?;
     Ok(file.flush().await?)
+}
+
+async fn move_footer(file: &Rc<dyn Storage>, at: u64, footer: &Footer) -> block::Result<()> {
+    lengthen(file, at + SECTOR).await?;
+    write(file, at, &footer.bytes()).await?;
+    file.flush().await
 }
 
 /// Makes zero what the last block has beyond the end of a disk that is to grow: nobody has looked at it so far. All of it,

@@ -630,3 +630,52 @@ fn blocks_behind_the_end_of_the_disk_are_left_alone() {
         assert_eq!(vhd::check(&ram, Repair::No).await.unwrap().corruptions, 1);
     });
 }
+
+#[test]
+fn the_footer_of_a_fixed_image_is_put_back() {
+    run(async |_| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: MIB, subformat: Subformat::Fixed, ..Create::default() })
+            .await
+            .unwrap();
+        ram.write(0, Buf::from_bytes(&vec![9; 1 << 20])).await.unwrap();
+        let whole = contents(&ram).await;
+        let last = whole.len() - 512;
+        // It was to grow when something ended that.
+        let ram = stored(&[&whole[..], &[0; 1 << 20]].concat()).await;
+        let error = vhd::check(&ram, Repair::No).await.unwrap_err();
+        assert!(error.to_string().contains("`tapdisk check -f vhd --repair all`"), "{error}");
+        assert_eq!(Header::read(&ram).await.unwrap_err().to_string(), error.to_string());
+        assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().leaks_fixed, 1);
+        assert!(contents(&ram).await == whole);
+        // blktap had it open.
+        let killed = [&whole[..last], &[0xc7; 512]].concat();
+        let ram = stored(&killed).await;
+        for repair in [Repair::No, Repair::Leaks] {
+            let error = vhd::check(&ram, repair).await.unwrap_err().to_string();
+            assert!(
+                error.contains("0xc7") && error.contains("`tapdisk check -f vhd --repair all`"),
+                "{error}"
+            );
+        }
+        assert!(contents(&ram).await == killed);
+        assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().corruptions_fixed, 1);
+        assert!(vhd::check(&ram, Repair::No).await.unwrap().is_clean());
+        let found = contents(&ram).await;
+        assert!(found[..last] == whole[..last]);
+        judge(&found);
+    });
+}
+
+#[test]
+fn a_dynamic_image_without_both_footers_does_not_become_a_fixed_one() {
+    run(async |handle| {
+        let mut bytes = filled(&handle).await;
+        let last = bytes.len() - 512;
+        bytes[last..].fill(0xc7);
+        bytes[..512].fill(0);
+        let ram = stored(&bytes).await;
+        assert!(vhd::check(&ram, Repair::All).await.is_err());
+        assert!(contents(&ram).await == bytes);
+    });
+}

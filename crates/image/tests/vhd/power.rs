@@ -418,3 +418,28 @@ fn a_place_that_was_given_back_is_clean_when_it_is_used_again() {
         }
     });
 }
+
+#[test]
+fn a_fixed_image_that_cannot_grow_stays_as_it_is() {
+    run(async |_| {
+        for step in 0..4 {
+            for errno in [Errno::ENOSPC, Errno::EIO] {
+                let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+                let create = Create { size: MIB, subformat: Subformat::Fixed, ..Create::default() };
+                vhd::create(&ram, &create).await.unwrap();
+                let whole = contents(&ram).await;
+                let storage = Disk::new(&whole, false).await;
+                storage.fails.set(Some((step, errno)));
+                let file: Rc<dyn Storage> = storage.clone();
+                let result = vhd::resize(&file, 3 * MIB).await;
+                assert!(result.is_err(), "step {step}");
+                assert_eq!(Header::read(&file).await.unwrap().size(), MIB, "step {step}");
+                if step < 2 {
+                    assert!(contents(&file).await == whole, "step {step}");
+                }
+                vhd::resize(&file, 3 * MIB).await.unwrap();
+                judge(&contents(&file).await);
+            }
+        }
+    });
+}
