@@ -25,6 +25,22 @@ const STEP: u64 = 1 << 20;
 /// # Errors
 /// What is no image, or one whose header cannot be read; those of the file.
 pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
+    check_storage(file, repair, false).await
+}
+
+/// As [`check`], of an image on a block device: what that has behind the last block is no waste.
+///
+/// # Errors
+/// As for [`check`].
+pub async fn check_device(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
+    check_storage(file, repair, true).await
+}
+
+async fn check_storage(
+    file: &Rc<dyn Storage>,
+    repair: Repair,
+    is_device: bool,
+) -> Result<Report, ImageError> {
     let mut report = Report::default();
     if repair != Repair::No {
         find_footer(file, &mut report).await?;
@@ -45,7 +61,7 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
             let entries = check.cut(&sparse, entries).await?;
             check.keep_the_end();
             check.batmap(&sparse, &entries).await?;
-            check.end(&sparse, &entries).await?;
+            check.end(&sparse, &entries, is_device).await?;
             check.footers().await?;
         }
     }
@@ -367,7 +383,7 @@ impl Check<'_> {
     }
 
     /// Looks for space that nothing uses, between blocks and behind the last one.
-    async fn end(&mut self, sparse: &Sparse, entries: &[u32]) -> Result<(), ImageError> {
+    async fn end(&mut self, sparse: &Sparse, entries: &[u32], is_device: bool) -> Result<(), ImageError> {
         let whole = sparse.bitmap() + sparse.block();
         let mut places: Vec<u64> = entries
             .iter()
@@ -391,13 +407,12 @@ impl Check<'_> {
         self.report.image_end_offset = until + SECTOR;
         let end = self.header.footer_at.unwrap_or(self.file.size());
         let behind = end.saturating_sub(until);
-        if behind < ALIGN.max(SECTOR + 1) {
+        if is_device || behind < ALIGN.max(SECTOR + 1) {
             return Ok(());
         }
         let what = || {
             format!(
-                "behind the last block, which ends at {until}, there are {behind} bytes that nothing uses (no waste if this \
-                 is a block device, whose size is what it is)"
+                "behind the last block, which ends at {until}, there are {behind} bytes that nothing uses"
             )
         };
         if self.leak(behind.div_ceil(whole), what) {

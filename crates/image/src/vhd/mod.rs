@@ -24,7 +24,7 @@ mod locators;
 mod place;
 mod resize;
 
-pub use check::check;
+pub use check::{check, check_device};
 pub use create::{Create, Parent, Preallocation, create};
 pub use footer::Subformat;
 pub use geometry::Geometry;

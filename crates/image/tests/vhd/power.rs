@@ -303,6 +303,12 @@ fn on_a_block_device_blocks_come_between_header_and_footer() {
             drop(disk);
             judge(&contents(&device).await);
             assert_eq!(device.size(), 3 * MIB);
+            let before = contents(&device).await;
+            for repair in [Repair::No, Repair::Leaks] {
+                let report = vhd::check_device(&device, repair).await.unwrap();
+                assert!(report.is_clean() && report.leaks_fixed == 0, "it is as long as it is: {report:?}");
+            }
+            assert!(contents(&device).await == before);
             assert!(all_of(&over(&handle, device.clone(), false).await).await == model);
         }
         // A device that is too small for the disk: full is ENOSPC, and what was written stays.
