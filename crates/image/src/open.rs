@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
+use block::Error;
 use runtime::Handle;
 use storage::Storage;
 
@@ -31,6 +32,13 @@ impl Disk {
     pub fn written(&self) -> impl Iterator<Item = &Held> {
         let files = self.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data));
         files.filter(|held| !held.read_only)
+    }
+
+    /// The files that are only read and of which a sync has failed, by whoever wrote them, and its error: what is read there
+    /// may not be what is on the disk.
+    pub fn suspect(&self) -> impl Iterator<Item = (&Held, Error)> {
+        let files = self.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data));
+        files.filter(|held| held.read_only).filter_map(|held| Some((held, held.record.as_ref()?.restore()?)))
     }
 }
 
@@ -67,9 +75,9 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
             ),
             lasting: options.lasting && writable,
         };
-        let image = open_image(handle, layer, settings).await.map_err(|error| match (pending, &layer.file.record) {
-            (1.., Some(record)) => error.with(format_args!(
-                ". Its ledger, {} and others like it, holds {pending} changes of its map that guests were answered for. If \
+        let image = open_image(handle, layer, settings).await.map_err(|error| match (left(layer, pending), &layer.file.record) {
+            (left @ 1.., Some(record)) => error.with(format_args!(
+                ". Its ledger, {} and others like it, holds {left} changes of its map that guests were answered for. If \
                  they can be done without, remove it and check the image",
                 LedgerFile::path(record).display()
             )),
@@ -80,6 +88,12 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
     let mut images = images.into_iter();
     let top = images.next().expect("a way down begins with its top");
     Ok(Disk { chain: Chain::over(handle, top, images.collect()), layers })
+}
+
+/// How many changes its ledger has now, if that is to be found out; `pending` were there before.
+fn left(layer: &Layer, pending: usize) -> usize {
+    let changes = ledger(layer).ok().flatten().and_then(|ledger| ledger.changes().ok());
+    if pending == 0 { 0 } else { changes.map_or(pending, |changes| changes.len()) }
 }
 
 async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Result<Rc<dyn Image>, ImageError> {

@@ -71,8 +71,12 @@ pub fn run(filter: &str) -> Result<()> {
         mutant.check(&root)?;
     }
     let workshop = Workshop::open(&root)?;
-    let mut catchers: Vec<&Catcher> = mutants.iter().map(|mutant| &mutant.catcher).collect();
-    catchers.dedup();
+    let mut catchers: Vec<&Catcher> = Vec::new();
+    for Mutant { catcher, .. } in &mutants {
+        if !catchers.contains(&catcher) {
+            catchers.push(catcher);
+        }
+    }
     for catcher in catchers {
         if let Some(catch) = workshop.look(catcher).context("the copy without any mistake")? {
             bail!(

@@ -68,7 +68,8 @@ impl Contents {
             Cache::Direct => file::Cache::Direct,
             Cache::Buffered => file::Cache::Buffered,
         };
-        let records = state::records(arguments.state_dir.as_ref(), arguments.read_only)?;
+        let what_for = if arguments.read_only { state::For::ServingReadOnly } else { state::For::Serving };
+        let records = state::records(arguments.state_dir.as_ref(), what_for)?;
         let file = file::Options {
             read_only: arguments.read_only,
             cache,
@@ -90,6 +91,14 @@ impl Contents {
         let disk = runtime.block_on(async move { image::open(&handle, &path, options).await })?;
         for held in disk.written() {
             tell_of_poison(held);
+        }
+        for (held, error) in disk.suspect() {
+            let image = held.path.display();
+            tracing::warn!(
+                %image, %error,
+                "a sync of this image failed, and who served it then did not end in order: what is read from it may not be \
+                 what is on the disk"
+            );
         }
         let records = disk.written().filter_map(|held| held.record.clone()).collect();
         let how = describe(&disk.layers, arguments);

@@ -3,30 +3,63 @@
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
+use std::sync::Once;
 
 use anyhow::Context;
 use storage::file::Records;
 
-/// The records of failed syncs and of what images lack, in the directory of this process's state. Without one the disk is
-/// served all the same; that is said unless it is only read.
-pub(crate) fn records(asked: Option<&PathBuf>, read_only: bool) -> anyhow::Result<Option<Records>> {
+/// A command asks for records more than once.
+static SAID: Once = Once::new();
+
+/// What records are wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum For {
+    /// Serving a disk that is written: without them it is served all the same, and that is said.
+    Serving,
+    /// Serving a disk that is only read.
+    ServingReadOnly,
+    /// Changing an image: never without a look at what its last server may have left there.
+    Changing,
+    /// Reading one, or making a new one.
+    Reading,
+}
+
+/// The records of failed syncs and of what images lack, in the directory of this process's state.
+///
+/// # Errors
+/// The directory cannot be used, and it was asked for or there is no going without.
+pub(crate) fn records(asked: Option<&PathBuf>, what_for: For) -> anyhow::Result<Option<Records>> {
     let why = match directory(asked) {
         Err(why) => why,
         Ok(directory) => match Records::open(&directory) {
             Ok(records) => return Ok(Some(records)),
-            Err(error) if read_only => error.to_string(),
             Err(error) if asked.is_some() => {
                 return Err(error).with_context(|| format!("cannot use {}", directory.display()));
+            }
+            Err(error) if what_for == For::Changing => {
+                let what = format!(
+                    "cannot see in {} whether a server of this image has died and left something there; --state-dir says \
+                     where that server kept its state",
+                    directory.display()
+                );
+                return Err(error).context(what);
             }
             Err(error) => format!("{} cannot be used: {error}", directory.display()),
         },
     };
-    if !read_only {
-        tracing::warn!(
+    match what_for {
+        For::Serving => tracing::warn!(
             why,
             "a failed sync cannot be recorded for the next process, nor what an image's map lacks; --state-dir says where \
              they can"
-        );
+        ),
+        For::Changing | For::Reading => SAID.call_once(|| {
+            eprintln!(
+                "tapdisk: {why}: what a server that died may have left for its successor is not looked for; --state-dir says \
+                 where"
+            );
+        }),
+        For::ServingReadOnly => {}
     }
     Ok(None)
 }

@@ -56,6 +56,8 @@ struct State {
     is_divided: bool,
     /// For what is written next.
     bytes: Vec<u8>,
+    /// It was said that it cannot be emptied.
+    said: bool,
 }
 
 /// What was noted from the begin of one round to that of another. Without a byte it is free.
@@ -112,7 +114,7 @@ impl LedgerFile {
         }
         let newest = files.iter().enumerate().rev().max_by_key(|(_, file)| file.number);
         let current = newest.map_or(0, |(place, _)| place);
-        let mut state = State { files, current, begun: 0, is_divided: false, bytes: Vec::new() };
+        let mut state = State { files, current, begun: 0, is_divided: false, bytes: Vec::new(), said: false };
         let newest = state.current();
         newest.number = newest.number.max(1);
         Ok(LedgerFile {
@@ -191,11 +193,14 @@ impl Ledger for LedgerFile {
         old.sort_unstable_by_key(|file| file.number);
         for file in old {
             if let Err(error) = file.empty() {
-                let path = file.path.display();
-                tracing::warn!(%path, %error, "what is in the image cannot be taken out of its ledger; tried again");
+                if !std::mem::replace(&mut state.said, true) {
+                    let path = file.path.display();
+                    tracing::warn!(%path, %error, "what is in the image cannot be taken out of its ledger; tried again");
+                }
                 return false;
             }
         }
+        state.said = false;
         state.is_divided
     }
 }
@@ -248,6 +253,12 @@ impl Generation {
         };
         // What has no name is found by nobody.
         if file.metadata()?.nlink() == 0 {
+            if self.end == 0 {
+                // Nothing was lost with it.
+                self.file = None;
+                bytes.clear();
+                return self.append(group, boot, bytes);
+            }
             let text = format!("{} was removed while it was in use", self.path.display());
             return Err(io::Error::new(ErrorKind::NotFound, text));
         }

@@ -47,6 +47,8 @@ pub(crate) const CACHE: usize = 32 << 20;
 const TOGETHER: usize = 64 << 10;
 /// Changes in the ledger that are let stand before there is a round.
 const NOTES_MAX: usize = 1 << 16;
+/// Changes that nobody's answer waits for, and that are noted together.
+const GROUP: usize = 1 << 10;
 
 /// When a round writes a block. Stage 0 is for what counts places, the last one for what points to data.
 pub type Stage = u8;
@@ -91,6 +93,8 @@ struct Inner {
     notes: Cell<usize>,
     /// The ledger failed: changes are safe only in the image.
     ledger_failed: Cell<bool>,
+    /// That was said, and it has not worked since.
+    ledger_said: Cell<bool>,
     /// Places that were unpublished since the last round began.
     retired: RefCell<Vec<Span>>,
     reclaim: RefCell<Option<Weak<dyn Reclaim>>>,
@@ -152,6 +156,7 @@ impl Metadata {
             unnoted: RefCell::default(),
             notes: Cell::new(0),
             ledger_failed: Cell::new(false),
+            ledger_said: Cell::new(false),
             retired: RefCell::default(),
             reclaim: RefCell::default(),
             pins: Pins::default(),
@@ -243,8 +248,29 @@ impl Metadata {
     pub async fn admit(&self) -> Result<()> {
         while self.0.is_full() {
             round::flush(&self.0).await?;
+            // A ledger that cannot be emptied takes what there is room for: nobody waits for that.
+            if !self.0.is_full_of_changes() {
+                break;
+            }
         }
         Ok(())
+    }
+
+    /// To be called now and then by who changes very many words for nobody's request: what is changed is noted, and waits
+    /// for a round where there is too much of it.
+    ///
+    /// # Errors
+    /// As [`Metadata::admit`].
+    pub async fn relieve(&self) -> Result<()> {
+        if self.0.unnoted.borrow().len() >= GROUP {
+            self.0.note();
+        }
+        self.admit().await
+    }
+
+    /// Whether something that was retired has not come back although a round has ended: its ledger cannot be emptied.
+    pub fn has_retired(&self) -> bool {
+        !self.0.retired.borrow().is_empty()
     }
 
     /// Makes all that was set before durable, and all data that was written before.
@@ -362,7 +388,11 @@ impl Inner {
     }
 
     fn is_full(&self) -> bool {
-        self.blocks.borrow().dirty() > self.settings.budget / 2 || self.notes.get() > NOTES_MAX
+        self.is_full_of_changes() || self.notes.get() > NOTES_MAX
+    }
+
+    fn is_full_of_changes(&self) -> bool {
+        self.blocks.borrow().dirty() > self.settings.budget / 2
     }
 
     /// The first blocks of these, none of which is here or being read; the first one is known not to be.
@@ -424,14 +454,18 @@ impl Inner {
             Ok(()) => {
                 self.notes.set(self.notes.get() + unnoted.len());
                 unnoted.clear();
+                self.ledger_said.set(false);
                 true
             }
             Err(error) => {
-                tracing::error!(
-                    %error,
-                    "changes of an image's map cannot be noted for a successor: from now on each is written to the image \
-                     before its answer, which is slow"
-                );
+                // It is tried again after each round.
+                if !self.ledger_said.replace(true) {
+                    tracing::error!(
+                        %error,
+                        "changes of an image's map cannot be noted for a successor: until they can, each is written to the \
+                         image before its answer, which is slow"
+                    );
+                }
                 self.ledger_failed.set(true);
                 unnoted.clear();
                 false

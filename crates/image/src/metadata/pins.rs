@@ -49,7 +49,10 @@ impl Pins {
         self.number.set(number + 1);
         let next = Rc::new(Epoch { waiting: self.waiting.clone() });
         let last = self.current.replace(next);
-        self.ended.borrow_mut().push_back((number, Rc::downgrade(&last)));
+        let mut ended = self.ended.borrow_mut();
+        // There is one of these for each round, and seldom anybody who waits.
+        ended.retain(|(_, epoch)| epoch.strong_count() > 0);
+        ended.push_back((number, Rc::downgrade(&last)));
         number
     }
 
@@ -94,6 +97,21 @@ mod tests {
         drop(first);
         assert!(is_ready(until_one.as_mut()) && is_ready(until_two.as_mut()));
         drop(third);
+    }
+
+    #[test]
+    fn epochs_without_pins_are_not_kept() {
+        let pins = Pins::default();
+        let first = pins.pin();
+        for _ in 0..1000 {
+            pins.turn();
+        }
+        assert!(pins.ended.borrow().len() <= 2, "{}", pins.ended.borrow().len());
+        let number = pins.turn();
+        let mut until = pin!(pins.released(number));
+        assert!(!is_ready(until.as_mut()), "the first one is still there");
+        drop(first);
+        assert!(is_ready(until.as_mut()));
     }
 
     #[test]

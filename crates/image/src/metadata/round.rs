@@ -52,10 +52,15 @@ pub(super) fn soon(inner: &Rc<Inner>) {
         inner.rounds.is_soon.set(false);
         if inner.is_dirty() {
             // Whoever asks for a flush hears of its error: it is the same one's then, or a later one's.
-            if let Err(error) = flush(&inner).await {
-                tracing::warn!(%error, "changes of an image's map cannot be written: they are kept");
-                if !error.is_lasting() {
-                    soon(&inner);
+            match flush(&inner).await {
+                // What the ledger could not forget.
+                Ok(()) if inner.is_dirty() => soon(&inner),
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "changes of an image's map cannot be written: they are kept");
+                    if !error.is_lasting() {
+                        soon(&inner);
+                    }
                 }
             }
         }

@@ -24,12 +24,17 @@ impl Metadata {
     /// The image as it would be with these is looked at by `check` first, as a whole: a program that knows nothing of the
     /// ledger may have used the same space for something else, without a change to any word that the ledger names.
     ///
+    /// Where the ledger is not complete, a word of stage 0 may have changed once more since it was noted, and back again. Then
+    /// either value may go with what points there: `safe` is given both, that of the file first, and gives what is never too
+    /// little.
+    ///
     /// # Errors
     /// The ledger or the image cannot be read, or somebody else has changed the image since: then what was answered is not
     /// to be had.
     pub async fn take_over(
         &self,
         check: impl AsyncFn(Rc<dyn Storage>) -> Result<Report, ImageError>,
+        safe: impl Fn(u64, u64) -> u64,
     ) -> Result<usize, ImageError> {
         let Some(ledger) = &self.0.ledger else { return Ok(0) };
         let (changes, is_whole) = read(&**ledger)?;
@@ -51,11 +56,14 @@ impl Metadata {
         }
         let mut held = Vec::new();
         let mut newer = Vec::new();
-        for (at, word) in &words {
+        for (at, word) in &mut words {
             let span = Span::new(*at, 8).expect("checked when it was read");
             held.push(self.load(span, word.stage).await?);
             let found = self.word(*at).expect("just loaded");
             if word.possible.contains(&found) {
+                if !is_whole && word.stage == 0 {
+                    word.last = safe(found, word.last);
+                }
                 continue;
             }
             if is_whole {

@@ -215,7 +215,7 @@ fn a_successor_finds_what_was_saved_and_only_that() {
         first.set(&[(0, 1), (512, 2)]);
         first.saved().await.unwrap();
         first.set(&[(0, 3)]);
-        assert_eq!(second.take_over(sound).await.unwrap(), 2);
+        assert_eq!(second.take_over(sound, |_, noted| noted).await.unwrap(), 2);
         assert_eq!((second.word(0), second.word(512)), (Some(1), Some(2)));
         second.flush().await.unwrap();
         assert_eq!(notes.0.borrow().0, [], "what a round has written need not be noted");
@@ -223,7 +223,7 @@ fn a_successor_finds_what_was_saved_and_only_that() {
         // Somebody else has changed a word since it was noted.
         first.saved().await.unwrap();
         spy.ram.write(0, Buf::from_bytes(&99_u64.to_be_bytes())).await.unwrap();
-        let error = third.take_over(sound).await.unwrap_err().to_string();
+        let error = third.take_over(sound, |_, noted| noted).await.unwrap_err().to_string();
         assert!(error.contains("another program") && error.contains("0x63"), "{error}");
     });
 }
@@ -241,12 +241,12 @@ fn what_another_program_has_made_of_the_space_that_was_noted_is_not_written_over
         let put =
             async |at: u64, word: u64| spy.ram.write(at, Buf::from_bytes(&word.to_be_bytes())).await.unwrap();
         put(512, 7).await;
-        let error = second.take_over(distinct).await.unwrap_err().to_string();
+        let error = second.take_over(distinct, |_, noted| noted).await.unwrap_err().to_string();
         assert!(error.contains("another program") && error.contains("two lead to 7"), "{error}");
         assert_eq!(second.word(0), Some(0), "and nothing is changed");
         // What made no sense before makes no less with what was noted.
         put(0, 7).await;
-        assert_eq!(third.take_over(distinct).await.unwrap(), 1);
+        assert_eq!(third.take_over(distinct, |_, noted| noted).await.unwrap(), 1);
     });
 }
 
@@ -267,11 +267,36 @@ fn where_notes_have_failed_a_successor_goes_on_with_the_newer_of_ledger_and_file
         *notes.0.borrow_mut() = before;
         spy.ram.write(512, Buf::from_bytes(&0_u64.to_be_bytes())).await.unwrap();
         notes.1.set(false);
-        assert_eq!(second.take_over(sound).await.unwrap(), 2);
+        assert_eq!(second.take_over(sound, |_, noted| noted).await.unwrap(), 2);
         assert_eq!((second.word(0), second.word(512)), (Some(3), Some(2)));
         // Without such a mark somebody else must have written it.
         notes.2.set(false);
-        assert!(third.take_over(sound).await.is_err());
+        assert!(third.take_over(sound, |_, noted| noted).await.is_err());
+    });
+}
+
+#[test]
+fn a_count_that_may_be_older_or_newer_than_what_was_noted_is_never_too_small() {
+    let subject = Subject::new();
+    let (first, second) = (subject.open(), subject.open());
+    let (notes, spy) = (subject.notes.clone(), subject.spy.clone());
+    subject.runtime.block_on(async move {
+        let _held = first.load(span(0, 1536), 0).await.unwrap();
+        first.set(&[(0, 1), (512, 1), (1024, 0)]);
+        first.flush().await.unwrap();
+        // Two are lowered, one is raised; of the first one it is not noted that it is raised again.
+        first.set(&[(0, 0), (512, 0), (1024, 1)]);
+        first.saved().await.unwrap();
+        notes.1.set(true);
+        first.set(&[(0, 1)]);
+        let before = notes.0.borrow().clone();
+        first.saved().await.unwrap();
+        *notes.0.borrow_mut() = before;
+        spy.ram.write(1024, Buf::from_bytes(&0_u64.to_be_bytes())).await.unwrap();
+        notes.1.set(false);
+        assert_eq!(second.take_over(sound, u64::max).await.unwrap(), 3);
+        let found: Vec<_> = [0, 512, 1024].map(|at| second.word(at)).to_vec();
+        assert_eq!(found, [Some(1), Some(0), Some(1)]);
     });
 }
 
@@ -354,13 +379,48 @@ fn a_retired_place_does_not_come_back_while_the_ledger_still_speaks_of_it() {
         metadata.flush().await.unwrap();
         a_while(&handle).await;
         assert_eq!((notes.0.borrow().0.len(), taken.0.borrow().len()), (1, 0));
-        assert!(metadata.is_dirty(), "there is something left for the next round");
+        assert!(metadata.is_dirty() && metadata.has_retired(), "there is something left for the next round");
         // The first pass does not, and the second one does.
         notes.3.set(1);
         metadata.flush().await.unwrap();
         a_while(&handle).await;
         assert_eq!((notes.0.borrow().0.len(), taken.0.take()), (0, vec![span(4096, 512)]));
         assert!(!metadata.is_dirty());
+    });
+}
+
+#[test]
+fn nobody_waits_for_a_ledger_that_cannot_be_emptied() {
+    let subject = Subject::new();
+    let metadata = subject.open();
+    let notes = subject.notes.clone();
+    subject.runtime.block_on(async move {
+        notes.3.set(u32::MAX);
+        let _held = metadata.load(span(0, 8), 2).await.unwrap();
+        for number in 1..NOTES_MAX as u64 + 10 {
+            metadata.set(&[(0, number)]);
+            metadata.saved().await.unwrap();
+        }
+        metadata.admit().await.unwrap();
+        metadata.relieve().await.unwrap();
+        assert!(notes.0.borrow().0.len() > NOTES_MAX);
+    });
+}
+
+#[test]
+fn what_nobody_waits_for_is_noted_before_it_is_very_much() {
+    let subject = Subject::new();
+    let metadata = subject.open();
+    let notes = subject.notes.clone();
+    subject.runtime.block_on(async move {
+        let _held = metadata.load(span(0, 8), 2).await.unwrap();
+        for number in 1..=2 * NOTES_MAX as u64 {
+            metadata.set(&[(0, number)]);
+            metadata.relieve().await.unwrap();
+            assert!(
+                metadata.0.unnoted.borrow().len() < GROUP && notes.0.borrow().0.len() <= NOTES_MAX + GROUP
+            );
+        }
     });
 }
 

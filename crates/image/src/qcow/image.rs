@@ -80,15 +80,17 @@ impl Qcow {
         };
         let ledger = ledger.filter(|_| writable);
         let metadata = Metadata::new(handle, file.clone(), Vec::new(), of_metadata, ledger);
-        let header =
-            match metadata.take_over(async |file| Box::pin(super::check(&file, Repair::No)).await).await? {
-                0 => header,
-                // The size and the place of a table may be among what was taken over.
-                _ => {
-                    metadata.flush().await?;
-                    Header::read(&file).await?
-                }
-            };
+        let header = match metadata
+            .take_over(async |file| Box::pin(super::check(&file, Repair::No)).await, |_, noted| noted)
+            .await?
+        {
+            0 => header,
+            // The size and the place of a table may be among what was taken over.
+            _ => {
+                metadata.flush().await?;
+                Header::read(&file).await?
+            }
+        };
         Ok(Qcow {
             space: Space::new(header.geometry.cluster(), file.size()),
             metadata,

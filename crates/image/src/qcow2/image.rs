@@ -13,6 +13,7 @@ use super::map::{Entries, Look};
 use super::packed::{Unpacked, unpack};
 use super::refcount::{Allocator, span};
 use super::table::Tables;
+use super::width::Width;
 use super::{Compression, Header, prepare};
 use crate::metadata::{Metadata, Reclaim, Settings, Units};
 use crate::{Extent, Image, ImageError, Placement, Repair, Zeroed};
@@ -66,7 +67,7 @@ impl Qcow2 {
                 "a qcow2 image has an external data file if its header says so, and only then".to_owned(),
             ));
         }
-        if settings.writable {
+        if settings.writable && !header.is_corrupt() {
             prepare(&file, &mut header).await?;
         }
         let shape = Shape {
@@ -88,7 +89,16 @@ impl Qcow2 {
             },
             settings.ledger,
         );
-        metadata.take_over(async |file| Box::pin(super::check(&file, Repair::No)).await).await?;
+        let width = Width::new(header.refcount_order);
+        let check = async |file| Box::pin(super::check(&file, Repair::No)).await;
+        let taken_over = metadata.take_over(check, |found, noted| width.larger(found, noted)).await?;
+        if settings.writable && header.is_corrupt() {
+            // Whoever repairs it finds what guests were answered for in the image, and no ledger that nobody could use.
+            if taken_over > 0 {
+                metadata.flush().await?;
+            }
+            prepare(&file, &mut header).await?;
+        }
         let health = Rc::new(Health::new(&metadata, &header, settings.writable));
         let unpacked = Rc::new(Unpacked::default());
         let tables = Tables::open(&metadata, &header, &health, shape).await?;
@@ -230,12 +240,20 @@ impl Qcow2 {
     async fn close_file(&self) -> Result<()> {
         let Some(allocator) = &self.allocator else { return Ok(()) };
         self.metadata.flush().await?;
+        if self.metadata.has_retired() {
+            tracing::warn!(
+                "space that nothing uses any more cannot be given back: `tapdisk check --repair leaks` does it"
+            );
+            return Ok(());
+        }
         // What was given back lowers counts, which takes another round.
         allocator.all_reclaimed().await;
         self.metadata.flush().await?;
         if !self.health.is_writable() {
             return Ok(());
         }
+        allocator.settle().await?;
+        self.metadata.flush().await?;
         // Not of what was there when it was opened: the counts of that are another program's word.
         let end = allocator.end().await?.max(self.opened_len);
         let file = self.metadata.file();

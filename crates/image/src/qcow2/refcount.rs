@@ -526,6 +526,15 @@ impl Allocator {
         Ok(())
     }
 
+    /// Brings to its end what an error has left half done: until then the header may point to either of two tables.
+    ///
+    /// # Errors
+    /// Those of writing the header.
+    pub(super) async fn settle(&self) -> Result<()> {
+        let _permit = self.allocating.take().await;
+        self.finish_table().await
+    }
+
     /// Takes clusters back that nothing has ever pointed to.
     pub(super) fn undo(&self, allocated: Allocated) {
         let Allocated { clusters, counts, .. } = allocated;
@@ -647,6 +656,7 @@ impl Reclaim for Allocator {
             while at < end {
                 let to = (at / step + 1).saturating_mul(step).min(end);
                 self.lower(at..to).await?;
+                self.metadata.relieve().await?;
                 at = to;
             }
             Ok(())

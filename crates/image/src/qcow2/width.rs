@@ -43,6 +43,12 @@ impl Width {
         word >> self.shift(index) & self.max()
     }
 
+    /// The larger one of each count of two words.
+    pub(super) fn larger(self, one: u64, other: u64) -> u64 {
+        let larger = |index| self.get(one, index).max(self.get(other, index));
+        (0..self.per_word()).fold(0, |word, index| self.put(word, index, larger(index)))
+    }
+
     /// The word with another count there; it is no more than `max`.
     pub(super) fn put(self, word: u64, index: u64, count: u64) -> u64 {
         debug_assert!(count <= self.max());

@@ -52,7 +52,9 @@ impl Vhd {
                     lasting,
                 };
                 let metadata = Metadata::new(handle, file.clone(), Vec::new(), settings, ledger);
-                metadata.take_over(async |file| Box::pin(super::check(&file, Repair::No)).await).await?;
+                metadata
+                    .take_over(async |file| Box::pin(super::check(&file, Repair::No)).await, |_, noted| noted)
+                    .await?;
                 Some(Blocks::open(metadata, &header, sparse, writable).await?)
             }
         };

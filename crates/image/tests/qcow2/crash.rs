@@ -1,12 +1,12 @@
 //! Interruptions: every state that a power cut may leave of a repair, a snapshot or a resize is one to go on from.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use block::{Buf, Error, Limits, Run, Span};
+use block::{Buf, Errno, Error, Limits, Run, Span};
 use image::qcow2::{
     Header, Qcow2, apply_snapshot, check as our_check, delete_snapshot, prepare, resize, snapshots,
     take_snapshot,
@@ -31,13 +31,15 @@ enum Event {
 struct Recorder {
     ram: Ram,
     events: RefCell<Vec<Event>>,
+    /// Writes to the header that get an error although they are done.
+    late: Cell<u32>,
 }
 
 impl Recorder {
     fn new(bytes: &[u8]) -> Rc<Recorder> {
         let ram = Ram::new(bytes.len() as u64);
         now(ram.write(0, Buf::from_bytes(bytes))).unwrap();
-        Rc::new(Recorder { ram, events: RefCell::default() })
+        Rc::new(Recorder { ram, events: RefCell::default(), late: Cell::new(0) })
     }
 
     fn note(&self, event: Event) {
@@ -60,7 +62,14 @@ impl Storage for Recorder {
 
     fn write(&self, at: u64, buf: Buf) -> Io<'_> {
         self.note(Event::Write(at, buf.to_vec()));
-        self.ram.write(at, buf)
+        let done = self.ram.write(at, buf);
+        match self.late.get() {
+            left @ 1.. if at < 512 => {
+                self.late.set(left - 1);
+                Box::pin(async move { done.await.and(Err(Error::new(Errno::EIO, "answer in time"))) })
+            }
+            _ => done,
+        }
     }
 
     fn zero(&self, span: Span, how: Zeroing) -> Io<'_> {
@@ -367,15 +376,20 @@ fn a_header_that_gets_other_names_has_the_old_ones_or_the_new_ones() {
     }
 }
 
-#[test]
-fn a_refcount_table_that_gets_a_new_place_is_whole_after_each_cut() {
-    let folder = scratch();
-    let path = folder.path().join("image");
-    // A cluster of the table leads to 64 blocks, each of which counts 64 clusters: 2 MiB of the file.
+/// An image whose refcount table is almost full: a cluster of it leads to 64 blocks, each of which counts 64 clusters, which is
+/// 2 MiB of the file.
+fn with_a_full_table(folder: &Path) -> Vec<u8> {
+    let path = folder.join("image");
     let options = "cluster_size=512,refcount_bits=64";
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), "3M"]);
     qemu_io(&path, &["write -P 1 0 1900k"]);
-    let sound = bytes(&load(&path));
+    bytes(&load(&path))
+}
+
+#[test]
+fn a_refcount_table_that_gets_a_new_place_is_whole_after_each_cut() {
+    let folder = scratch();
+    let sound = with_a_full_table(folder.path());
     let recorder = Recorder::new(&sound);
     let file: Rc<dyn Storage> = recorder.clone();
     let runtime = runtime();
@@ -404,5 +418,40 @@ fn a_refcount_table_that_gets_a_new_place_is_whole_after_each_cut() {
             let fits = |at: usize| shown[at] == old[at] || shown[at] == new[at];
             assert!((0..shown.len()).all(fits), "{context}");
         }
+    }
+}
+
+#[test]
+fn a_refcount_table_that_the_header_may_point_to_stays_when_the_image_is_closed() {
+    let folder = scratch();
+    let sound = with_a_full_table(folder.path());
+    for times in [1, u32::MAX] {
+        let recorder = Recorder::new(&sound);
+        let file: Rc<dyn Storage> = recorder.clone();
+        let runtime = runtime();
+        let (handle, late) = (runtime.handle().clone(), recorder.clone());
+        runtime.block_on(async move {
+            let header = Header::read(&file).await.unwrap();
+            let settings = Settings { writable: true, ..Settings::default() };
+            let image = Qcow2::open(&handle, header, file, None, settings).await.unwrap();
+            let chain = Chain::new(&handle, Rc::new(image));
+            late.late.set(times);
+            let mut places = (2 << 20..3 << 20).step_by(16 << 10);
+            loop {
+                let at = places.next().expect("the table is full before that");
+                if let Err(error) = chain.write(at, Buf::from_bytes(&[7; 16 << 10])).await {
+                    assert_eq!(error.errno(), Errno::EIO);
+                    break;
+                }
+            }
+            assert_eq!(chain.close().await.is_ok(), times == 1, "it is not in order while the header fails");
+        });
+        let ended = ram(&bytes(&(recorder.clone() as Rc<dyn Storage>)));
+        assert_ne!(
+            now(Header::read(&ended)).unwrap().refcount_table_at,
+            now(Header::read(&ram(&sound))).unwrap().refcount_table_at
+        );
+        let report = now(our_check(&ended, Repair::No)).unwrap();
+        assert!(report.is_safe(), "{times}: {report:#?}");
     }
 }

@@ -33,11 +33,17 @@ impl fmt::Display for Holder {
 pub(super) fn take(file: &std::fs::File, shared: bool) -> Result<(), Error> {
     let operation =
         if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+    let mut tries = 0;
     loop {
         match rustix::fs::flock(file, operation) {
             Ok(()) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Held(holder(file))),
+            Err(rustix::io::Errno::WOULDBLOCK) => match find(file) {
+                Some(holder) => return Err(Error::Held(holder)),
+                // It may have let go of it before we looked.
+                None if tries < 3 => tries += 1,
+                None => return Err(Error::Held(Holder { who: "another process".into(), is_ending: false })),
+            },
             Err(errno) => return Err(Error::System(errno.into())),
         }
     }
@@ -50,10 +56,6 @@ pub(super) fn holder_of_device(path: &Path) -> Holder {
         who: "the kernel or another process (mounted, part of a volume, or opened exclusively)".into(),
         is_ending: false,
     })
-}
-
-fn holder(file: &std::fs::File) -> Holder {
-    find(file).unwrap_or_else(|| Holder { who: "another process".into(), is_ending: false })
 }
 
 /// The process that /proc/locks names for this file (proc(5)); a dead one may still be named while its ring ends.

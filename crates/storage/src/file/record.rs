@@ -78,7 +78,7 @@ impl Record {
     }
 
     /// The error of the sync that failed, if there is a record of it. One of an earlier boot is removed.
-    pub(super) fn restore(&self) -> Option<Error> {
+    pub fn restore(&self) -> Option<Error> {
         let path = self.path();
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,

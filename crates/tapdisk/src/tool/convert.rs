@@ -40,7 +40,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Convert) -> anyhow::Result<
     let asked = Asked::new(&arguments.source, arguments.format, Access::Read, &arguments.places);
     let source = Asked { cache: source_cache, ..asked }.open(handle).await?;
     refuse_own_source(&source, &arguments.target)?;
-    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let records = state::records(arguments.places.state_dir.as_ref(), state::For::Reading)?;
     let target_cache = cache(arguments.target_cache);
     let (target, opened) = target::make(&arguments.target, arguments.force, target_cache, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;

@@ -35,7 +35,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Create) -> anyhow::Result<(
             bail!("how large is the disk to be? Give SIZE, as in `tapdisk create {} 10G`", path.display())
         }
     };
-    let records = state::records(arguments.places.state_dir.as_ref(), true)?;
+    let records = state::records(arguments.places.state_dir.as_ref(), state::For::Reading)?;
     let (target, opened) = target::make(path, arguments.force, file::Cache::Buffered, records.as_ref())?;
     file::check_short_transfers(handle, &opened).await?;
     let file: Rc<dyn Storage> = Rc::new(File::new(handle, opened));

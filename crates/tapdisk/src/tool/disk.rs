@@ -57,10 +57,18 @@ impl<'a> Asked<'a> {
         Asked { path, format, access, cache: Cache::Buffered, places }
     }
 
+    fn records(&self) -> anyhow::Result<Option<file::Records>> {
+        let what_for = match self.access {
+            Access::Write => state::For::Changing,
+            Access::Read | Access::ReadAlone => state::For::Reading,
+        };
+        state::records(self.places.state_dir.as_ref(), what_for)
+    }
+
     /// How its file is opened: at once or not at all.
     pub(super) fn file(&self) -> anyhow::Result<file::Options> {
         let read_only = self.access != Access::Write;
-        let records = state::records(self.places.state_dir.as_ref(), true)?;
+        let records = self.records()?;
         Ok(file::Options { read_only, cache: self.cache, create: None, wait: Duration::ZERO, records })
     }
 
@@ -99,9 +107,12 @@ impl<'a> Asked<'a> {
     /// # Errors
     /// It does, or that cannot be found out.
     pub(super) fn refuse_pending(&self, opened: &file::Opened) -> anyhow::Result<()> {
-        let Some(records) = state::records(self.places.state_dir.as_ref(), true)? else { return Ok(()) };
+        let Some(records) = self.records()? else { return Ok(()) };
         let path = self.path.display();
         let record = records.of(&opened.file, self.path).with_context(|| format!("cannot look at {path}"))?;
+        if let Some(error) = record.restore().filter(|_| opened.read_only) {
+            say_that_it_is_suspect(self.path, &error);
+        }
         let failed = || format!("cannot read the ledger of {path}");
         let changes = LedgerFile::open(&record).with_context(failed)?.changes().with_context(failed)?;
         if !changes.is_empty() {
@@ -137,7 +148,9 @@ impl<'a> Asked<'a> {
     /// # Errors
     /// In words for people.
     pub(super) async fn open(&self, handle: &Handle) -> anyhow::Result<Disk> {
-        let image::Disk { chain, layers } = image::open(handle, self.path, self.options()?).await?;
+        let disk = image::open(handle, self.path, self.options()?).await?;
+        disk.suspect().for_each(|(held, error)| say_that_it_is_suspect(&held.path, &error));
+        let image::Disk { chain, layers } = disk;
         Ok(Disk { chain: Rc::new(chain), layers })
     }
 }
@@ -167,6 +180,14 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// The page cache may show what the disk does not hold.
+fn say_that_it_is_suspect(path: &Path, error: &Error) {
+    eprintln!(
+        "tapdisk: {}: {error}; who served it then did not end in order, and what is read from it may not be what is on the disk",
+        path.display()
+    );
 }
 
 fn is_flat(header: &Header) -> bool {

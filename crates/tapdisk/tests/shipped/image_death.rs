@@ -1,7 +1,10 @@
 //! Images whose map changes, and a server that dies: what was answered is there for its successor, what was flushed for
 //! anybody, and the image is whole.
 
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nbd_client::{Errno, Style};
 use rustix::fs::FlockOperation;
@@ -191,6 +194,86 @@ fn a_successor_finds_what_only_the_ledger_has_and_leaves_none() {
 }
 
 #[test]
+fn what_only_the_ledger_has_is_in_an_image_that_is_marked_as_corrupt_before_it_is_refused() {
+    let subject = Subject::new("disk.qcow2", "qcow2", "");
+    let bytes = pattern(0, 100 * KIB, 1);
+    subject.with_something_in_its_ledger(3 * MIB, &bytes);
+    // As by the server that died, had it found nonsense in a table: the second of the incompatible features.
+    let file = std::fs::File::options().write(true).open(&subject.path).unwrap();
+    file.write_all_at(&[2], 79).unwrap();
+    let words = subject.words();
+    let why = refused(&["serve", &words[0], &words[1], &words[2]]);
+    assert!(why.contains("marked as corrupt") && why.contains("check --repair all"), "{why}");
+    assert!(!why.contains("ledger"), "{why}");
+    let mut tool = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+    let output = tool.args(["check", "--repair", "all"]).args(&words).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let server = subject.serve("direct");
+    assert_eq!(server.client(Style::Simple).read(3 * MIB, 100 * KIB), Ok(bytes));
+    assert!(server.stop().status.success());
+    assert_eq!(judged(&subject.path, "qcow2"), Some(0));
+}
+
+#[test]
+fn an_image_is_not_changed_by_who_cannot_see_what_its_server_has_left() {
+    let subject = Subject::new("disk.qcow2", "qcow2", "");
+    subject.with_something_in_its_ledger(3 * MIB, &[1; 4096]);
+    let words = subject.words();
+    let nowhere = subject.directory.path().join("disk.qcow2/state");
+    let nowhere = nowhere.to_str().unwrap();
+    for tool in [&["check", "--repair", "leaks"][..], &["resize"], &["snapshot", "-c", "one"], &["map"]] {
+        let size = (tool[0] == "resize").then_some("64M");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+        let output =
+            command.args(tool).args([&words[0], "--state-dir", nowhere]).args(size).output().unwrap();
+        let why = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && why.contains(nowhere), "{tool:?}: {why}");
+    }
+    // Where nobody has said where it is, who only reads is told, and who changes something is stopped.
+    let run = |tool: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+        // As an ordinary user, whose place that is.
+        let command = command.uid(65534).env("XDG_RUNTIME_DIR", "/proc/nowhere").args(tool);
+        command.arg(&words[0]).current_dir("/").output().unwrap()
+    };
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let everyone = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(&subject.path, everyone.clone()).unwrap();
+    std::fs::set_permissions(subject.directory.path(), everyone).unwrap();
+    let read = run(&["map"]);
+    let said = String::from_utf8(read.stderr).unwrap();
+    assert!(read.status.success() && said.contains("/proc/nowhere/tapdisk cannot be used"), "{said}");
+    assert_eq!(said.matches("--state-dir").count(), 1, "{said}");
+    let changed = run(&["check", "--repair", "leaks"]);
+    let said = String::from_utf8(changed.stderr).unwrap();
+    assert!(!changed.status.success() && said.contains("--state-dir says where that server"), "{said}");
+    let server = subject.serve("direct");
+    assert_eq!(server.client(Style::Simple).read(3 * MIB, 4096).unwrap()[..], [1; 4096]);
+    assert!(server.stop().status.success());
+}
+
+#[test]
+fn a_ledger_that_is_taken_away_while_it_is_empty_is_made_anew() {
+    let subject = Subject::new("disk.qcow2", "qcow2", "");
+    let server = subject.serve("direct");
+    let mut client = server.client(Style::Simple);
+    assert_eq!(client.write(3 * MIB, &[1; 4096]), Ok(()));
+    assert_eq!(client.flush(), Ok(()));
+    for (path, len) in subject.ledgers() {
+        assert_eq!(len, 0, "{}", path.display());
+        std::fs::remove_file(path).unwrap();
+    }
+    assert_eq!(client.write(9 * MIB, &[2; 4096]), Ok(()));
+    assert!(!server.stderr().contains("cannot be noted"), "{}", server.stderr());
+    server.kill();
+    let server = subject.serve("direct");
+    assert_eq!(server.client(Style::Simple).read(9 * MIB, 4096).unwrap()[..], [2; 4096]);
+    assert!(server.stop().status.success());
+}
+
+#[test]
 fn an_image_that_another_program_has_written_since_is_refused_and_so_is_a_ledger_that_makes_no_sense() {
     let subject = Subject::new("disk.qcow2", "qcow2", "");
     subject.with_something_in_its_ledger(3 * MIB, &[1; 4096]);
@@ -257,6 +340,17 @@ fn an_image_whose_sync_has_failed_is_served_poisoned_until_it_is_stopped_in_orde
         assert_eq!(client.flush(), Err(Errno::IO), "{name}");
         assert_eq!(client.write(9 * MIB, &[1; 512]), Err(Errno::IO), "{name}");
         server.kill();
+        if name == "fixed.vhd" {
+            // Who only reads it is told, and is not kept from it where the map is all there.
+            let mut tool = Command::new(env!("CARGO_BIN_EXE_tapdisk"));
+            let output = tool.arg("map").args(words).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success() && said.contains("may not be what is on the disk"), "{said}");
+            let reader = Server::start(&[&words[..], &["--read-only"]].concat(), Some(&fs));
+            reader.wait_for_log("may not be what is on the disk");
+            reader.wait_ready();
+            assert!(reader.stop().status.success());
+        }
         for _ in 0..2 {
             let before = std::fs::read(&image).unwrap();
             let server = start();
