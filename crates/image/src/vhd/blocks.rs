@@ -9,6 +9,7 @@ use storage::{Permits, Storage};
 use super::cut::{self, SLACK};
 use super::footer::Footer;
 use super::header::{Header, Sparse, TABLE_STEP, UNUSED};
+use super::place::STRIDES;
 use super::{SECTOR, Subformat, batmap};
 use crate::metadata::{Loaded, Metadata, Stage, Units};
 use crate::{Extent, ImageError};
@@ -80,6 +81,11 @@ impl Blocks {
             footer: RefCell::new(header.footer),
         };
         blocks.adopt(header, sparse).await?;
+        // As much as a process leaves that was killed, and in its steps: nobody has wished for that.
+        let left = blocks.limit.get().saturating_sub(blocks.next.get());
+        let is_ours =
+            left.is_multiple_of(blocks.stride()) && (1..=STRIDES).contains(&(left / blocks.stride()));
+        blocks.has_grown.set(writable && is_ours);
         Ok(blocks)
     }
 
@@ -145,6 +151,11 @@ impl Blocks {
     /// Bytes of a block in the file, with its bitmap.
     pub(super) fn whole(&self) -> u64 {
         self.bitmap + self.block()
+    }
+
+    /// Bytes from one new block to the next.
+    pub(super) fn stride(&self) -> u64 {
+        self.block() + self.bitmap.next_multiple_of(ALIGN)
     }
 
     /// Reads the whole table and judges it, for a file whose blocks end at `end`. Gives the byte where the last block

@@ -426,6 +426,27 @@ fn a_place_that_was_given_back_is_clean_when_it_is_used_again() {
 }
 
 #[test]
+fn what_a_killed_process_grew_is_tidied_up_by_the_next() {
+    run(async |handle| {
+        for (block, writes) in [(65536, 1), (65536, 3), (2 << 20, 1)] {
+            let storage = stored(&empty(block, false).await).await;
+            let disk = over(&handle, storage.clone(), false).await;
+            for at in 0..writes {
+                disk.write(at * 65536, Buf::from_bytes(&[3; 4096])).await.unwrap();
+            }
+            disk.flush().await.unwrap();
+            let left = stored(&contents(&storage).await).await;
+            assert!(vhd::check(&left, Repair::No).await.unwrap().leaks > 0);
+            over(&handle, left.clone(), false).await.close().await.unwrap();
+            let report = vhd::check(&left, Repair::No).await.unwrap();
+            assert!(report.is_clean(), "{report:?}");
+            assert_eq!(left.size(), report.image_end_offset);
+            judge(&contents(&left).await);
+        }
+    });
+}
+
+#[test]
 fn a_fixed_image_that_cannot_grow_stays_as_it_is() {
     run(async |_| {
         for step in 0..4 {
