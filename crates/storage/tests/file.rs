@@ -1,8 +1,10 @@
 //! Files of a real file system: every size, alignment and cache mode against an array of bytes and against the kernel.
 
+use std::future::poll_fn;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use block::{Buf, Errno, Pool, Span};
@@ -143,6 +145,29 @@ fn what_has_become_smaller_is_refused_and_nothing_changes() {
             assert_eq!(file.grow().await, Ok(10_001));
         });
     }
+}
+
+/// An image gives back the end of its file while another request's flush is under way.
+#[test]
+fn a_flush_while_we_cut_off_the_end_ourselves_is_no_loss() {
+    let dir = directory();
+    let path = image(dir.path(), 8192);
+    run(async move |handle| {
+        let file = File::new(&handle, open(&path, &options(Cache::Direct)).unwrap());
+        for size in [8192, 16384] {
+            file.resize(size).await.unwrap();
+            let mut flush = file.flush();
+            // As far as its sync.
+            let begun = poll_fn(|cx| Poll::Ready(flush.as_mut().poll(cx))).await;
+            assert!(begun.is_pending());
+            file.resize(4096).await.unwrap();
+            flush.await.unwrap();
+        }
+        // What others cut off is one, also when we have resized it before.
+        file.resize(8192).await.unwrap();
+        lengthen(&path, 4096);
+        assert_eq!(file.flush().await.unwrap_err().errno(), Errno::EIO);
+    });
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::any::Any;
 use std::cell::{Cell, OnceCell};
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use block::{Buf, Errno, Error, Limits, Result, Run, Span};
 use runtime::{Allocate, Fd, Handle, Seek};
@@ -36,6 +37,8 @@ const BOUNCES_MAX: usize = 64;
 const ZEROES: u64 = 256 << 10;
 /// Runs told at a time: bounds the work of one request on a fragmented file.
 const RUNS_MAX: usize = 256;
+/// So long until the file's end is looked for again while it moves.
+const RESIZING: Duration = Duration::from_millis(1);
 
 /// A file, open and locked.
 pub struct File {
@@ -46,6 +49,7 @@ pub struct File {
     name: String,
     /// Bytes.
     size: Cell<u64>,
+    resizes: Cell<Resizes>,
     align: u64,
     memory_align: usize,
     direct: bool,
@@ -61,6 +65,31 @@ pub struct File {
     can_punch: Cell<bool>,
     can_zero: Cell<bool>,
     can_reserve: Cell<bool>,
+}
+
+/// What we do to the file's end ourselves.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+struct Resizes {
+    running: u32,
+    ended: u64,
+}
+
+/// A resize that is running.
+struct Resizing<'a>(&'a Cell<Resizes>);
+
+impl Resizing<'_> {
+    fn start(resizes: &Cell<Resizes>) -> Resizing<'_> {
+        let Resizes { running, ended } = resizes.get();
+        resizes.set(Resizes { running: running + 1, ended });
+        Resizing(resizes)
+    }
+}
+
+impl Drop for Resizing<'_> {
+    fn drop(&mut self) {
+        let Resizes { running, ended } = self.0.get();
+        self.0.set(Resizes { running: running - 1, ended: ended + 1 });
+    }
 }
 
 /// A file in parts, for those that do not come from [`open`]: simulated ones.
@@ -113,6 +142,7 @@ impl File {
             tail: parts.tail,
             name: parts.name,
             size: Cell::new(parts.size),
+            resizes: Cell::default(),
             align: u64::from(parts.align),
             memory_align: parts.memory_align as usize,
             direct: parts.direct,
@@ -254,17 +284,13 @@ impl File {
     /// Takes in what was added at the end. What was an incomplete last block may be a whole one afterwards, and is no
     /// longer reached through the tail; a write that is under way there keeps others off by its lock on the block.
     async fn take_in(&self) -> Result<u64> {
-        let found = self.seek(0, Seek::End).await?;
-        let size = self.size.get();
-        if found < size {
-            return Err(sync::shrunk(found, size));
-        }
+        let found = self.whole().await?;
         if !found.is_multiple_of(self.align) && self.tail.is_none() {
             let doing =
                 format!("its end at {found} is no multiple of {} bytes and cannot be reached", self.align);
             return Err(Error::new(Errno::EINVAL, doing));
         }
-        if found > size {
+        if found > self.size.get() {
             self.size.set(found);
             // Whoever made it larger may not have made that durable: the next flush has something to do.
             drop(self.sync.changing());
@@ -287,7 +313,8 @@ impl File {
                 format!("its end would be no multiple of {} bytes and could not be reached", self.align);
             return Err(Error::new(Errno::EINVAL, doing));
         }
-        // Before, where it shrinks: a sync that runs meanwhile would miss bytes.
+        let _resizing = Resizing::start(&self.resizes);
+        // Before, where it shrinks: nothing is to be done any more with what goes.
         self.size.set(size.min(bytes));
         loop {
             match self.handle.truncate(&self.fd, bytes).await {
@@ -301,6 +328,20 @@ impl File {
         }
         self.size.set(bytes);
         Ok(())
+    }
+
+    /// Where the file ends by the kernel; an error if somebody else has cut it off, which loses what was there.
+    async fn whole(&self) -> Result<u64> {
+        loop {
+            let before = self.resizes.get();
+            let found = self.seek(0, Seek::End).await?;
+            let size = self.size.get();
+            if before == self.resizes.get() && before.running == 0 {
+                return if found < size { Err(sync::shrunk(found, size)) } else { Ok(found) };
+            }
+            // It may be from before or after our own doing.
+            self.handle.sleep(RESIZING).await;
+        }
     }
 
     /// fallocate(2) over the span; `Ok(false)` where the file system does not have it.
@@ -374,11 +415,9 @@ impl File {
                 Ok(data) => data.clamp(at, span.end()),
                 Err(error) if error.errno() == Errno::ENXIO => {
                     // Nothing but a hole up to the end. What was cut off the file is none: reading it fails.
-                    let found = self.seek(0, Seek::End).await?;
-                    let size = self.size.get();
-                    if found < size {
-                        return Err(sync::shrunk(found, size).during(format_args!("look at {}", self.name)));
-                    }
+                    self.whole()
+                        .await
+                        .map_err(|error| error.during(format_args!("look at {}", self.name)))?;
                     span.end()
                 }
                 // A file that cannot tell is all data.
@@ -495,7 +534,7 @@ impl Storage for File {
             if self.read_only {
                 return Ok(());
             }
-            self.sync.flush(&self.handle, &self.fd, &self.name, self.size.get()).await
+            self.sync.flush(&self.handle, &self.fd, &self.name, async || self.whole().await.map(drop)).await
         })
     }
 

@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use block::{Errno, Error, Result};
-use runtime::{Fd, Handle, Seek};
+use runtime::{Fd, Handle};
 
 use super::Record;
 
@@ -71,8 +71,15 @@ impl Sync {
         self.poison.borrow().clone()
     }
 
-    /// Makes all changes that have ended durable. Flushes that come while a sync runs share the next one.
-    pub(super) async fn flush(&self, handle: &Handle, fd: &Rc<Fd>, name: &str, size: u64) -> Result<()> {
+    /// Makes all changes that have ended durable, and asks then whether the file `is_whole`, for what was cut off is lost
+    /// and a sync does not say so. Flushes that come while a sync runs share the next one.
+    pub(super) async fn flush(
+        &self,
+        handle: &Handle,
+        fd: &Rc<Fd>,
+        name: &str,
+        is_whole: impl AsyncFn() -> Result<()>,
+    ) -> Result<()> {
         let wanted = self.changes.get();
         loop {
             if let Some(error) = self.poison() {
@@ -87,7 +94,10 @@ impl Sync {
             }
             let run = Run::start(self);
             let covered = self.changes.get();
-            let result = sync(handle, fd, size).await;
+            let result = match sync(handle, fd).await {
+                Ok(()) => is_whole().await,
+                Err(error) => Err(error),
+            };
             let result = result.map_err(|error| error.during(format_args!("sync {name}")));
             if let (Err(error), Some(record)) = (&result, &self.record) {
                 record.keep(error).await;
@@ -144,12 +154,12 @@ impl Drop for Run<'_> {
     }
 }
 
-async fn sync(handle: &Handle, fd: &Rc<Fd>, size: u64) -> Result<()> {
+async fn sync(handle: &Handle, fd: &Rc<Fd>) -> Result<()> {
     let mut backoff = BACKOFF_MIN;
     let mut steps = 0;
     loop {
         match handle.sync(fd).await {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             // Interrupted before anything was done (FAILURES C.4); the data is still dirty.
             Err(Errno::EINTR) => {}
             // Not even begun.
@@ -161,17 +171,6 @@ async fn sync(handle: &Handle, fd: &Rc<Fd>, size: u64) -> Result<()> {
             Err(errno) => return Err(errno.into()),
         }
     }
-    // What was cut off the file since it was opened is lost, and a sync does not say so.
-    let found = loop {
-        match handle.seek(fd, 0, Seek::End).await {
-            Err(Errno::EINTR) => {}
-            result => break result.map_err(|errno| Error::new(errno, "find the file's size"))?,
-        }
-    };
-    if found < size {
-        return Err(shrunk(found, size));
-    }
-    Ok(())
 }
 
 /// The error of a file that somebody has cut off while it is served; sizes in bytes.
