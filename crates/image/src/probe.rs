@@ -3,6 +3,9 @@
 //! A guest writes what it likes into its disk, a header of another format too, and whoever believed that would open the files
 //! that it names. So a file is never taken for what it looks like where its name says that it is raw, and never for
 //! raw where nothing says so: a raw disk is one that is called so, and it stays one whatever it holds.
+//!
+//! The first bytes of a fixed VHD are its guest's too, and the last ones of a qcow2 image may be: where the two ends are of
+//! different formats, neither is believed. What is called .vhd is a VHD, then, or nothing.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -26,6 +29,8 @@ pub enum Look {
     Foreign(&'static str),
     /// No image of any kind: a raw disk, or something else.
     Nothing,
+    /// It begins like an image of this format, and by its end or its name it is a VHD: a guest may have written one of them.
+    Unclear(Format),
 }
 
 /// Whether it is raw by its name or kind: called .raw or .img, or a block device.
@@ -34,11 +39,16 @@ pub fn is_raw_by_name(path: &Path, is_block_device: bool) -> bool {
     is_block_device || extension.eq_ignore_ascii_case("raw") || extension.eq_ignore_ascii_case("img")
 }
 
-/// Looks at the first and the last bytes of a file.
+/// Whether it is a VHD by its name: called .vhd.
+fn is_vhd_by_name(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("vhd"))
+}
+
+/// Looks at the first and the last bytes of a file, and at its name.
 ///
 /// # Errors
 /// Those of reading.
-pub async fn look(file: &Rc<dyn Storage>) -> Result<Look> {
+pub async fn look(file: &Rc<dyn Storage>, path: &Path, is_block_device: bool) -> Result<Look> {
     let size = file.size();
     let read = async |span: Span| {
         let buf = Buf::zeroed(span.len() as usize);
@@ -47,14 +57,30 @@ pub async fn look(file: &Rc<dyn Storage>) -> Result<Look> {
     };
     let head = Span::new(0, size.min(HEAD)).expect("within the file");
     let head = if head.is_empty() { Vec::new() } else { read(head).await? };
-    match by_head(&head) {
-        Look::Nothing => {}
-        known @ (Look::Of(_) | Look::Foreign(_)) => return Ok(known),
-    }
-    let Some(at) = size.checked_sub(TAIL) else { return Ok(Look::Nothing) };
-    let tail = read(Span::new(at, TAIL).expect("within the file")).await?;
-    // The footer of a fixed one, which has no header.
-    Ok(if vhd::is_fixed(&tail) { Look::Of(Format::Vhd) } else { Look::Nothing })
+    let begins = by_head(&head);
+    let tail = match size.checked_sub(TAIL) {
+        Some(at) => read(Span::new(at, TAIL).expect("within the file")).await?,
+        None => Vec::new(),
+    };
+    let is_called_vhd = !is_block_device && is_vhd_by_name(path);
+    Ok(match begins {
+        // Nobody's guest writes there, but for that of a fixed one: the header tells the two apart.
+        Look::Of(Format::Vhd) => begins,
+        Look::Of(format @ (Format::Raw | Format::Qcow | Format::Qcow2)) | Look::Unclear(format) => {
+            match (vhd::ends_fixed(&tail), is_called_vhd) {
+                (true, true) => Look::Of(Format::Vhd),
+                (true, false) | (false, true) => Look::Unclear(format),
+                (false, false) => begins,
+            }
+        }
+        // The header says what is missing.
+        Look::Foreign(_) | Look::Nothing
+            if is_called_vhd || vhd::is_fixed(&tail) || vhd::ends_fixed(&tail) =>
+        {
+            Look::Of(Format::Vhd)
+        }
+        Look::Foreign(_) | Look::Nothing => begins,
+    })
 }
 
 fn by_head(head: &[u8]) -> Look {
@@ -92,10 +118,14 @@ mod tests {
     use super::*;
 
     fn looks(bytes: &[u8]) -> Look {
+        looks_as("disk", bytes)
+    }
+
+    fn looks_as(name: &str, bytes: &[u8]) -> Look {
         let file: Rc<dyn Storage> = Rc::new(storage::Ram::new(bytes.len() as u64));
         let looked = std::pin::pin!(async {
             file.write(0, Buf::from_bytes(bytes)).await?;
-            look(&file).await
+            look(&file, Path::new(name), name.starts_with("/dev/")).await
         });
         match looked.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(look) => look.unwrap(),
@@ -149,6 +179,52 @@ mod tests {
         assert_eq!(looks(&bytes), Look::Of(Format::Vhd));
         bytes.push(0);
         assert_eq!(looks(&bytes), Look::Nothing);
+    }
+
+    #[test]
+    fn neither_end_is_believed_where_the_other_says_otherwise() {
+        let fixed = made("vpc", "subformat=fixed");
+        let begun = |head: &[u8]| {
+            let mut bytes = fixed.clone();
+            bytes[..head.len()].copy_from_slice(head);
+            bytes
+        };
+        let qcow2 = begun(&made("qcow2", "")[..512]);
+        let qcow = begun(&made("qcow", "")[..64]);
+        for (bytes, format) in [(&qcow2, Format::Qcow2), (&qcow, Format::Qcow)] {
+            assert_eq!(looks(bytes), Look::Unclear(format));
+            assert_eq!(looks_as("disk.vhd", bytes), Look::Of(Format::Vhd));
+            assert_eq!(
+                looks_as("/dev/disk.vhd", bytes),
+                Look::Unclear(format),
+                "of devices the name says nothing"
+            );
+            // A footer that is damaged, or in use by blktap, or was cut off.
+            let last = bytes.len() - 512;
+            let mut damaged = bytes.clone();
+            damaged[last + 40] ^= 1;
+            assert_eq!(looks(&damaged), Look::Unclear(format));
+            damaged[last..].fill(0xc7);
+            assert_eq!(looks(&damaged), Look::Unclear(format));
+            assert_eq!(looks(&bytes[..last]), Look::Of(format), "nothing says otherwise");
+            assert_eq!(looks_as("disk.VHD", &bytes[..last]), Look::Unclear(format));
+            // A footer of 511 bytes.
+            assert_eq!(looks(&bytes[..bytes.len() - 1]), Look::Unclear(format));
+        }
+        // What is not served here is no danger: a guest that encrypts its disk keeps it.
+        for magic in [&b"LUKS\xba\xbe\0\x02"[..], b"KDMV", b"QED\0", b"vhdxfile"] {
+            assert_eq!(looks(&begun(magic)), Look::Of(Format::Vhd), "{magic:?}");
+        }
+        assert_eq!(looks(&begun(&made("vdi", "")[..512])), Look::Of(Format::Vhd));
+        // Without its footer it is a VHD as far as its name says so, and the header says what is missing.
+        let last = fixed.len() - 512;
+        assert_eq!(looks_as("disk.vhd", &begun(b"LUKS\xba\xbe\0\x02")[..last]), Look::Of(Format::Vhd));
+        assert_eq!(looks_as("disk.vhd", &fixed[..last]), Look::Of(Format::Vhd));
+        // The last sector of a qcow2 image may have the footer of a dynamic one, which tells nothing.
+        let dynamic = made("vpc", "subformat=dynamic");
+        let mut image = made("qcow2", "");
+        image.extend(&dynamic[dynamic.len() - 512..]);
+        assert_eq!(looks(&image), Look::Of(Format::Qcow2));
     }
 
     #[test]

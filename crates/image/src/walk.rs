@@ -379,12 +379,20 @@ impl Walk<'_> {
                     &format!("and says nothing of its format, which {found}. If it is raw, its name has to end in .raw or .img; {how}"),
                 ))
             }
-            (Look::Of(_) | Look::Foreign(_), true) => {
+            (Look::Of(_) | Look::Foreign(_) | Look::Unclear(_), true) => {
                 let found = described(look);
                 Err(self.refuse(
                     name,
                     Role::Backing,
                     &format!("and says nothing of its format: its name says raw, but it {found}. Which is it? {how}"),
+                ))
+            }
+            (Look::Unclear(_), false) => {
+                let found = described(look);
+                Err(self.refuse(
+                    name,
+                    Role::Backing,
+                    &format!("and says nothing of its format, and it {found}. Which is it? {how}"),
                 ))
             }
         }
@@ -424,6 +432,10 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         ))),
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
+        look @ Look::Unclear(begins) => Err(ImageError::Refused(format!(
+            "{path} {}: {by} vhd or {by} {begins} says which it is",
+            described(look)
+        ))),
         look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
             "{path} {}: {by} raw takes its bytes as they are",
             described(look)
@@ -432,7 +444,9 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
 }
 
 async fn look(file: &Held) -> Result<Look, ImageError> {
-    probe::look(&file.storage).await.map_err(|error| ImageError::from(error).within(file.path.display()))
+    probe::look(&file.storage, &file.path, file.is_block_device)
+        .await
+        .map_err(|error| ImageError::from(error).within(file.path.display()))
 }
 
 /// To be read after the name of a file.
@@ -440,6 +454,10 @@ fn described(look: Look) -> String {
     match look {
         Look::Of(format) => format!("begins like an image of the format {format}"),
         Look::Foreign(name) => format!("begins like an image of the format {name}, which is not known here"),
+        Look::Unclear(format) => format!(
+            "begins like an image of the format {format}, but by its end or its name it is a VHD, and a guest may have \
+             written one of them"
+        ),
         Look::Nothing => "begins like no image of a known format (raw, qcow, qcow2, vhd)".into(),
     }
 }

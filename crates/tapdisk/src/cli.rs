@@ -59,10 +59,11 @@ pub(crate) struct Serve {
     pub(crate) image: Image,
 
     /// Format of the image: raw, qcow, qcow2 or vhd (vpc) [default: raw for block devices and for what is called .raw or
-    /// .img, else what the header says]
+    /// .img, else what the header says, or the footer of a fixed VHD]
     ///
     /// A guest may write whatever it likes into its disk, the header of another format too: so what is raw by its name stays
-    /// raw, and what has no header that is known is served only with `--format raw`.
+    /// raw, what is called .vhd is a VHD or refused, what begins like qcow2 and ends like a VHD is refused without this option,
+    /// and what has no header that is known is served only with `--format raw`.
     #[arg(long, value_name = "FORMAT", value_parser = Format::from_str)]
     pub(crate) format: Option<Format>,
 

@@ -6,17 +6,16 @@ use std::rc::Rc;
 use block::{Errno, Error, Result, Span};
 use storage::{Permits, Storage};
 
+use super::cut::{self, SLACK};
 use super::footer::Footer;
 use super::header::{Header, Sparse, TABLE_STEP, UNUSED};
+use super::place::STRIDES;
 use super::{SECTOR, Subformat, batmap};
 use crate::metadata::{Loaded, Metadata, Stage, Units};
 use crate::{Extent, ImageError};
 
 /// Tables and bitmaps point to data: they are written when that is durable.
 pub(super) const STAGE: Stage = 1;
-/// How far behind the last place a block may begin that was given a place and nothing else, in bytes: blktap aligns the
-/// data of blocks to pages.
-const SLACK: u64 = 4096;
 /// Where data is put so that it is aligned for any storage, in bytes.
 pub(super) const ALIGN: u64 = 4096;
 
@@ -30,7 +29,6 @@ pub(super) struct Blocks {
     /// Bytes of a block's bitmap.
     pub(super) bitmap: u64,
     table_at: Cell<u64>,
-    count: Cell<u32>,
     /// A bit for each block that is known to have all its sectors, never unset.
     full: RefCell<Vec<u64>>,
     /// By number of sector: who changes the table's entry of a block has all its sectors.
@@ -72,7 +70,6 @@ impl Blocks {
             shift: sparse.block().trailing_zeros(),
             bitmap: sparse.bitmap(),
             table_at: Cell::new(0),
-            count: Cell::new(0),
             full: RefCell::default(),
             units: Units::default(),
             growing: Permits::new(1),
@@ -84,6 +81,11 @@ impl Blocks {
             footer: RefCell::new(header.footer),
         };
         blocks.adopt(header, sparse).await?;
+        // As much as a process leaves that was killed, and in its steps: nobody has wished for that.
+        let left = blocks.limit.get().saturating_sub(blocks.next.get());
+        let is_ours =
+            left.is_multiple_of(blocks.stride()) && (1..=STRIDES).contains(&(left / blocks.stride()));
+        blocks.has_grown.set(writable && is_ours);
         Ok(blocks)
     }
 
@@ -101,7 +103,6 @@ impl Blocks {
             // A table that has moved may lie over them.
             self.spare.borrow_mut().clear();
         }
-        self.count.set(sparse.blocks);
         self.full.borrow_mut().resize((sparse.blocks as usize).div_ceil(64), 0);
         *self.footer.borrow_mut() = header.footer;
         let end = header.footer_at.unwrap_or(file.size());
@@ -109,6 +110,19 @@ impl Blocks {
             sparse.check_whole()?;
         }
         let last = self.judge(sparse, end).await?;
+        if let Some(at) = last {
+            if self.writable {
+                cut::refuse(&file, sparse, at, end).await?;
+            }
+            if at + self.bitmap > end && header.footer_at.is_none() {
+                tracing::warn!(
+                    at,
+                    end,
+                    "the last block of an image is not in the file: unless it was given its place and nothing else, as blktap \
+                     does, it was cut off"
+                );
+            }
+        }
         let next = last.map_or(0, |last| last + self.whole()).max(sparse.taken_until());
         // Places that were given away and are not in the table yet are behind those that are.
         let next = next.max(self.next.get());
@@ -139,10 +153,17 @@ impl Blocks {
         self.bitmap + self.block()
     }
 
+    /// Bytes from one new block to the next.
+    pub(super) fn stride(&self) -> u64 {
+        self.block() + self.bitmap.next_multiple_of(ALIGN)
+    }
+
     /// Reads the whole table and judges it, for a file whose blocks end at `end`. Gives the byte where the last block
     /// begins.
     async fn judge(&self, sparse: &Sparse, end: u64) -> std::result::Result<Option<u64>, ImageError> {
-        let len = u64::from(self.count.get()) * 4;
+        // Who only reads looks at the disk's blocks alone.
+        let count = if self.writable { sparse.listed() } else { sparse.blocks };
+        let len = u64::from(count) * 4;
         let mut places: Vec<u32> = Vec::new();
         let mut problem = None;
         for from in (0..len).step_by(TABLE_STEP as usize) {

@@ -7,8 +7,9 @@ use storage::Storage;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::blocks::ALIGN;
-use super::create::write;
-use super::footer::{Footer, Subformat};
+use super::create::{random_id, write};
+use super::cut::{self, Cut, SLACK};
+use super::footer::{self, Flaw, Footer, Subformat};
 use super::header::{Footers, Header, Locator, SECOND, SECOND_COOKIE, Second, Sparse, UNUSED, read};
 use super::{SECTOR, batmap};
 use crate::{ImageError, Repair, Report};
@@ -24,11 +25,28 @@ const STEP: u64 = 1 << 20;
 /// # Errors
 /// What is no image, or one whose header cannot be read; those of the file.
 pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
+    check_storage(file, repair, false).await
+}
+
+/// As [`check`], of an image on a block device: what that has behind the last block is no waste.
+///
+/// # Errors
+/// As for [`check`].
+pub async fn check_device(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, ImageError> {
+    check_storage(file, repair, true).await
+}
+
+async fn check_storage(
+    file: &Rc<dyn Storage>,
+    repair: Repair,
+    is_device: bool,
+) -> Result<Report, ImageError> {
     let mut report = Report::default();
     if repair != Repair::No {
         find_footer(file, &mut report).await?;
     }
     if repair == Repair::All {
+        revive_footer(file, &mut report).await?;
         seal_second(file, &mut report).await?;
     }
     let header = Header::read(file).await?;
@@ -40,13 +58,14 @@ pub async fn check(file: &Rc<dyn Storage>, repair: Repair) -> Result<Report, Ima
         Some(sparse) => {
             check.stray(&sparse).await?;
             let entries = check.table(&sparse).await?;
-            check.cut(&sparse, &entries).await?;
+            let entries = check.cut(&sparse, entries).await?;
+            check.keep_the_end();
             check.batmap(&sparse, &entries).await?;
-            check.end(&sparse, &entries).await?;
+            check.end(&sparse, &entries, is_device).await?;
             check.footers().await?;
         }
     }
-    if check.repair != Repair::No && check.report.corruptions_fixed + check.report.leaks_fixed > 0 {
+    if check.report.corruptions_fixed + check.report.leaks_fixed > 0 {
         file.flush().await?;
     }
     Ok(check.report)
@@ -86,6 +105,27 @@ async fn find_footer(file: &Rc<dyn Storage>, report: &mut Report) -> Result<(), 
         }
         return Ok(());
     }
+    Ok(())
+}
+
+/// Makes a new footer for a fixed image whose own blktap has filled with 0xc7: all before it is the disk.
+async fn revive_footer(file: &Rc<dyn Storage>, report: &mut Report) -> Result<(), ImageError> {
+    let Footers { last: (at, last), copy } = Footers::read(file).await?;
+    // A dynamic one that has lost its copy is another thing.
+    if last != Err(Flaw::Killed) || copy != Err(Flaw::Cookie) || at == 0 || !at.is_multiple_of(SECTOR) {
+        return Ok(());
+    }
+    let second = SECTOR + SECOND_COOKIE.len() as u64;
+    if second <= at && read(file, SECTOR, SECOND_COOKIE.len() as u64).await? == SECOND_COOKIE {
+        return Ok(());
+    }
+    let created = footer::timestamp(std::time::SystemTime::now());
+    let footer = Footer::new(Subformat::Fixed, at, created, random_id()?);
+    write(file, at, &footer.bytes()).await?;
+    report.corruptions_fixed += 1;
+    report.note(|| {
+        format!("the footer at {at} was filled with 0xc7: a new one says that all before it is a fixed disk")
+    });
     Ok(())
 }
 
@@ -177,11 +217,23 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Nothing is put behind the end of a file, or given back there, while it may have lost something: that would be taken
+    /// for what is lost.
+    fn keep_the_end(&mut self) {
+        if self.report.corruptions > 0 && self.repair != Repair::No {
+            self.repair = Repair::No;
+            self.report.note(|| {
+                "leaks are left as they are until the faults are put right: `--repair all` does both"
+                    .to_owned()
+            });
+        }
+    }
+
     /// Checks each entry of the table; gives those that make sense.
     async fn table(&mut self, sparse: &Sparse) -> Result<Vec<u32>, ImageError> {
         let whole = sparse.bitmap() + sparse.block();
         let end = self.header.footer_at.unwrap_or(self.file.size());
-        let bytes = read(self.file, sparse.second.table_at.get(), u64::from(sparse.blocks) * 4).await?;
+        let bytes = read(self.file, sparse.second.table_at.get(), u64::from(sparse.listed()) * 4).await?;
         let mut entries: Vec<u32> = bytes
             .chunks_exact(4)
             .map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]))
@@ -194,7 +246,8 @@ impl Check<'_> {
             .collect();
         places.sort_unstable();
         self.report.total_clusters = u64::from(sparse.blocks);
-        self.report.allocated_clusters = places.len() as u64;
+        let is_shown = |(_, block): &&(u32, usize)| *block < sparse.blocks as usize;
+        self.report.allocated_clusters = places.iter().filter(is_shown).count() as u64;
         let last = places.last().map(|(entry, _)| *entry);
         let mut free_from = 0;
         let mut dropped = Vec::new();
@@ -205,7 +258,7 @@ impl Check<'_> {
                 Some(format!("block {block} is at {place:?}, over metadata at {taken:?}"))
             } else if at < free_from {
                 Some(format!("block {block} is at {place:?}, over another block that ends at {free_from}"))
-            } else if place.end() > end && (Some(entry) != last || at > end + ALIGN) {
+            } else if place.end() > end && (Some(entry) != last || at > end + SLACK) {
                 Some(format!("block {block} is at {place:?}, beyond the end of the file's blocks at {end}"))
             } else {
                 None
@@ -228,6 +281,7 @@ impl Check<'_> {
         }
         let used: Vec<u64> = entries
             .iter()
+            .take(sparse.blocks as usize)
             .filter(|entry| **entry != UNUSED)
             .map(|entry| u64::from(*entry) * SECTOR)
             .collect();
@@ -237,43 +291,49 @@ impl Check<'_> {
         Ok(entries)
     }
 
-    /// Looks for sectors of the last block that are marked as written and are not in the file: it was cut off.
-    async fn cut(&mut self, sparse: &Sparse, entries: &[u32]) -> Result<(), ImageError> {
+    /// Looks for sectors of the last block that are marked as written and are not in the file: it was cut off. Gives the
+    /// entries that are left.
+    async fn cut(&mut self, sparse: &Sparse, mut entries: Vec<u32>) -> Result<Vec<u32>, ImageError> {
         let end = self.header.footer_at.unwrap_or(self.file.size());
         let last = entries
-            .iter()
+            .iter_mut()
             .enumerate()
             .filter(|(_, entry)| **entry != UNUSED)
             .max_by_key(|(_, entry)| **entry);
-        let Some((block, entry)) = last else { return Ok(()) };
+        let Some((block, entry)) = last else { return Ok(entries) };
         let at = u64::from(*entry) * SECTOR;
-        let data = at + sparse.bitmap();
-        if data + sparse.block() <= end || at >= self.file.size() {
-            return Ok(());
-        }
-        let there = end.saturating_sub(data) / SECTOR;
-        let sectors = sparse.block() / SECTOR;
-        let mut bitmap = read(self.file, at, sectors.div_ceil(8).min(self.file.size() - at)).await?;
-        let mut lost = 0;
-        for sector in there..sectors {
-            let (byte, bit) = ((sector / 8) as usize, 0x80u8 >> (sector % 8));
-            if let Some(byte) = bitmap.get_mut(byte).filter(|byte| **byte & bit != 0) {
-                *byte &= !bit;
-                lost += 1;
-            }
-        }
-        if lost > 0
-            && self.corruption(|| {
+        let Cut { bitmap, lost } = cut::cut(self.file, sparse, at, end).await?;
+        if lost > 0 {
+            if self.corruption(|| {
                 format!(
                     "{lost} sectors of block {block} are marked as written, but the file ends before them, at {end}: it was \
                      cut off"
                 )
-            })
-        {
-            write(self.file, at, &bitmap).await?;
-            self.report.note(|| format!("in block {block} they read as if they had never been written"));
+            }) {
+                write(self.file, at, &bitmap).await?;
+                self.report.note(|| format!("in block {block} they read as if they had never been written"));
+            }
+        } else if at + sparse.bitmap() > end && at <= end + SLACK {
+            // blktap leaves one that was given a place and nothing else behind a footer, or behind what it makes of that while
+            // it has the image open. Where there is neither the file was cut off.
+            let is_killed = Footers::read(self.file).await?.last.1 == Err(Flaw::Killed);
+            let what = || {
+                format!(
+                    "block {block} is at {at}, and the file's blocks end at {end}: it was cut off, or was given that place and \
+                     nothing else"
+                )
+            };
+            if self.header.footer_at.is_some() || is_killed {
+                self.report.note(what);
+            } else if self.corruption(what) {
+                *entry = UNUSED;
+                let at = sparse.second.table_at.get() + block as u64 * 4;
+                write(self.file, at, &UNUSED.to_be_bytes()).await?;
+                self.report
+                    .note(|| format!("block {block} was dropped: it reads as if it had never been written"));
+            }
         }
-        Ok(())
+        Ok(entries)
     }
 
     /// Checks that blocks are full of which the batmap says so.
@@ -289,7 +349,7 @@ impl Check<'_> {
                 map.fill(0);
             }
         }
-        for (block, entry) in entries.iter().enumerate() {
+        for (block, entry) in entries.iter().take(sparse.blocks as usize).enumerate() {
             let (byte, bit) = (block / 8, 0x80u8 >> (block % 8));
             if map.get(byte).is_none_or(|byte| byte & bit == 0) {
                 continue;
@@ -323,7 +383,7 @@ impl Check<'_> {
     }
 
     /// Looks for space that nothing uses, between blocks and behind the last one.
-    async fn end(&mut self, sparse: &Sparse, entries: &[u32]) -> Result<(), ImageError> {
+    async fn end(&mut self, sparse: &Sparse, entries: &[u32], is_device: bool) -> Result<(), ImageError> {
         let whole = sparse.bitmap() + sparse.block();
         let mut places: Vec<u64> = entries
             .iter()
@@ -347,13 +407,12 @@ impl Check<'_> {
         self.report.image_end_offset = until + SECTOR;
         let end = self.header.footer_at.unwrap_or(self.file.size());
         let behind = end.saturating_sub(until);
-        if behind < ALIGN.max(SECTOR + 1) {
+        if is_device || behind < ALIGN.max(SECTOR + 1) {
             return Ok(());
         }
         let what = || {
             format!(
-                "behind the last block, which ends at {until}, there are {behind} bytes that nothing uses (no waste if this \
-                 is a block device, whose size is what it is)"
+                "behind the last block, which ends at {until}, there are {behind} bytes that nothing uses"
             )
         };
         if self.leak(behind.div_ceil(whole), what) {

@@ -152,7 +152,7 @@ pub(super) fn check_size(bytes: u64) -> Result<u64, ImageError> {
 }
 
 /// Sixteen random bytes, as a UUID of version 4.
-fn random_id() -> Result<[u8; 16], ImageError> {
+pub(super) fn random_id() -> Result<[u8; 16], ImageError> {
     let mut id = [0; 16];
     let result = std::fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut id));
     if let Err(error) = result {

@@ -106,6 +106,12 @@ impl Sparse {
         u64::from(self.second.block.get())
     }
 
+    /// Entries of the table that may have blocks. Those behind the disk's have some where another program takes the disk for
+    /// larger, by its size and not by its geometry. What a hostile image has beyond the largest disk's is left out.
+    pub(super) fn listed(&self) -> u32 {
+        self.second.entries.get().min(BLOCKS_MAX as u32)
+    }
+
     /// Bytes of a block's bitmap, whole sectors.
     pub(super) fn bitmap(&self) -> u64 {
         bitmap_len(self.block())
@@ -220,7 +226,8 @@ impl Footers {
             ))),
             (Err(flaw), _) => Err(invalid(format!(
                 "this is no VHD, or a damaged one: a footer was expected at {at}, where {flaw}; and a copy of it at 0, \
-                 where {}. If it is a fixed one that was being made larger, a check with repair finds the footer",
+                 where {}. If it is a fixed one, and something ended its growth or blktap while that had it open, \
+                 `tapdisk check -f vhd --repair all` puts its footer back",
                 match &self.copy {
                     Ok(_) => "there is one of a fixed image, which has none there".to_owned(),
                     Err(flaw) => flaw.to_string(),
@@ -469,7 +476,7 @@ async fn refuse_two(file: &Rc<dyn Storage>, footers: &Footers) -> Result<(), Ima
     };
     let (at, table_at) = (footers.last.0, sparse.second.table_at.get());
     let whole = sparse.bitmap() + sparse.block();
-    let len = u64::from(sparse.blocks) * 4;
+    let len = u64::from(sparse.listed()) * 4;
     for from in (0..len).step_by(TABLE_STEP as usize) {
         let entries = read(file, table_at + from, TABLE_STEP.min(len - from)).await?;
         let (entries, _) = entries.as_chunks();

@@ -14,6 +14,7 @@ mod batmap;
 mod blocks;
 mod check;
 mod create;
+mod cut;
 mod footer;
 mod geometry;
 mod header;
@@ -23,7 +24,7 @@ mod locators;
 mod place;
 mod resize;
 
-pub use check::check;
+pub use check::{check, check_device};
 pub use create::{Create, Parent, Preallocation, create};
 pub use footer::Subformat;
 pub use geometry::Geometry;
@@ -48,4 +49,17 @@ pub fn is(head: &[u8]) -> bool {
 pub fn is_fixed(tail: &[u8]) -> bool {
     let from = |len: usize| tail.len().checked_sub(len).and_then(|at| tail.get(at..));
     [SECTOR as usize, SECTOR as usize - 1].into_iter().filter_map(from).any(is)
+}
+
+/// Whether a file with these last 512 bytes may be a fixed image, whatever it begins with, which is its guest's: they are the
+/// footer of one, whole or damaged, or what blktap leaves of one while it has the image open.
+pub fn ends_fixed(tail: &[u8]) -> bool {
+    let kind = |from: &[u8]| from.get(60..64) == Some(&Subformat::Fixed.code().to_be_bytes());
+    let from = |len: usize| tail.len().checked_sub(len).and_then(|at| tail.get(at..));
+    let is_killed = tail.len() == SECTOR as usize && tail.iter().all(|byte| *byte == footer::KILLED);
+    is_killed
+        || [SECTOR as usize, SECTOR as usize - 1]
+            .into_iter()
+            .filter_map(from)
+            .any(|from| is(from) && kind(from))
 }

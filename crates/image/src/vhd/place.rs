@@ -10,7 +10,7 @@ use crate::Placement;
 use crate::metadata::{Loaded, UnitLock};
 
 /// The file grows by so many blocks more than are needed, until it is closed.
-const STEP: u64 = 7;
+pub(super) const STRIDES: u64 = 7;
 
 /// What is to be said once the bytes of a placement are written.
 struct Pending {
@@ -214,8 +214,7 @@ impl Blocks {
         }
         if end > self.limit.get() {
             // Behind more blocks than this one, so that not each has to move it.
-            let stride = self.block() + self.bitmap.next_multiple_of(ALIGN);
-            match self.move_footer(end.saturating_add(STEP * stride)).await {
+            match self.move_footer(end.saturating_add(STRIDES * self.stride())).await {
                 // It need not be so much.
                 Err(error) if error.errno().is_no_space() || error.errno() == Errno::EFBIG => {
                     self.move_footer(end).await?;

@@ -11,10 +11,11 @@ use super::SECTOR;
 use super::batmap::{self, Batmap};
 use super::blocks::ALIGN;
 use super::create::{check_size, lengthen, write};
+use super::cut;
 use super::footer::{Footer, Subformat};
 use super::geometry::Geometry;
 use super::header::{Footers, Header, Sparse, UNUSED, check_blocks, read};
-use crate::ImageError;
+use crate::{ImageError, qcow, qcow2};
 
 /// Bytes that are copied at a time.
 const STEP: u64 = 1 << 20;
@@ -59,6 +60,10 @@ pub async fn resize(file: &Rc<dyn Storage>, bytes: u64) -> Result<(), ImageError
     if let Some(sparse) = &header.sparse {
         check_blocks(bytes, sparse.second.block.get())?;
         sparse.check_whole()?;
+        let table = Table::read(file, sparse).await?;
+        if let Some(last) = table.last() {
+            cut::refuse(file, sparse, last, header.footer_at.unwrap_or(file.size())).await?;
+        }
         forget_blocks(file, &header, sparse).await?;
     }
     let header = Header::read(file).await?;
@@ -115,16 +120,30 @@ async fn grow_fixed(
     let at = old.max(bytes);
     if at > old {
         // Between the next two steps there is no footer. Then a guest's would count.
-        if Footers::read(file).await?.copy.is_ok_and(|copy| copy.subformat() != Some(Subformat::Fixed)) {
+        let head = read(file, 0, SECTOR.min(old)).await?;
+        let is_dynamic =
+            Footers::read(file).await?.copy.is_ok_and(|copy| copy.subformat() != Some(Subformat::Fixed));
+        if is_dynamic || qcow::is(&head) || qcow2::is(&head) {
             return Err(ImageError::Refused(
-                "this fixed image has a disk that begins like a dynamic one. If something interrupted its growth, it could \
-                 be taken for that, and what a guest has written for its header: convert it to a larger image"
+                "this fixed image has a disk that begins like a dynamic one, or like one of qcow2. If something interrupted \
+                 its growth, it could be taken for that, and what a guest has written for its header: convert it to a larger \
+                 image"
                     .to_owned(),
             ));
         }
-        lengthen(file, at + SECTOR).await?;
-        write(file, at, &header.footer.bytes()).await?;
-        file.flush().await?;
+        let before = file.size();
+        if let Err(error) = move_footer(file, at, &header.footer).await {
+            // The old one is where it was, but it has to be the last sector.
+            if before < file.size()
+                && let Err(other) = file.resize(before).await
+            {
+                tracing::warn!(
+                    error = %other,
+                    "the end of a fixed image cannot be put back: a check that repairs all does that"
+                );
+            }
+            return Err(error.into());
+        }
     }
     let end = (old + SECTOR).min(bytes);
     if let Some(span) = end.checked_sub(header.size()).and_then(|len| Span::new(header.size(), len)) {
@@ -133,6 +152,12 @@ async fn grow_fixed(
     }
     write(file, at, &footer.bytes()).await?;
     Ok(file.flush().await?)
+}
+
+async fn move_footer(file: &Rc<dyn Storage>, at: u64, footer: &Footer) -> block::Result<()> {
+    lengthen(file, at + SECTOR).await?;
+    write(file, at, &footer.bytes()).await?;
+    file.flush().await
 }
 
 /// Makes zero what the last block has beyond the end of a disk that is to grow: nobody has looked at it so far. All of it,
@@ -203,7 +228,7 @@ struct Table<'a> {
 
 impl<'a> Table<'a> {
     async fn read(file: &'a Rc<dyn Storage>, sparse: &'a Sparse) -> Result<Table<'a>, ImageError> {
-        let bytes = read(file, sparse.second.table_at.get(), u64::from(sparse.blocks) * 4).await?;
+        let bytes = read(file, sparse.second.table_at.get(), u64::from(sparse.listed()) * 4).await?;
         let entries =
             bytes.chunks_exact(4).map(|entry| u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]));
         Ok(Table { file, sparse, entries: entries.collect() })
@@ -213,10 +238,15 @@ impl<'a> Table<'a> {
         self.sparse.bitmap() + self.sparse.block()
     }
 
+    /// Where the last block begins.
+    fn last(&self) -> Option<u64> {
+        let used = self.entries.iter().filter(|entry| **entry != UNUSED);
+        used.map(|entry| u64::from(*entry) * SECTOR).max()
+    }
+
     /// Byte after the last block.
     fn end(&self) -> u64 {
-        let used = self.entries.iter().filter(|entry| **entry != UNUSED);
-        used.map(|entry| u64::from(*entry) * SECTOR + self.whole()).max().unwrap_or(0)
+        self.last().map_or(0, |last| last + self.whole())
     }
 
     /// Makes room for so many entries. The new table, and the batmap, come behind the metadata that is there; blocks that
@@ -239,6 +269,8 @@ impl<'a> Table<'a> {
             });
             let end = batmap.as_ref().map_or(start + len, |new| new.at.get() + new.len());
             self.make_way(header, start, end).await?;
+            // Blocks that the disk is to have are unused: nobody has looked at their entries so far.
+            self.entries.truncate(sparse.blocks as usize);
             self.entries.resize((len / 4) as usize, UNUSED);
             let table: Vec<u8> = self.entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
             for (number, part) in table.chunks(STEP as usize).enumerate() {

@@ -41,7 +41,8 @@ impl Folder {
         if let Some(format) = backing_format {
             command.args(["-F", format]);
         }
-        let output = command.arg(self.path(name)).arg("1M").output().unwrap();
+        // Data files are made where it runs.
+        let output = command.arg(self.path(name)).arg("1M").current_dir(self.path("")).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -145,6 +146,60 @@ fn the_format_of_a_backing_file_is_what_the_image_says_and_is_never_assumed() {
             Err(words) => folder.refused("top.qcow2", plain, &["top.qcow2 names the backing file", words]),
         }
     }
+}
+
+#[test]
+fn a_guest_of_a_fixed_vhd_does_not_decide_what_its_disk_is() {
+    let folder = Folder::new();
+    folder.raw("victim.raw");
+    folder.make(&["-f", "vpc", "-o", "subformat=fixed,force_size=on"], None, "disk");
+    folder.make(&["-f", "qcow2", "-o", "data_file=victim.raw,data_file_raw=on"], None, "header");
+    folder.over("trap", "victim.raw", Some("raw"));
+    let (whole, victim) =
+        (std::fs::read(folder.path("disk")).unwrap(), std::fs::read(folder.path("victim.raw")).unwrap());
+    let asked = |format| move |options: &mut Options| options.format = Some(format);
+    for header in ["header", "trap"] {
+        let head = std::fs::read(folder.path(header)).unwrap();
+        let mut bytes = whole.clone();
+        bytes[..65536].fill(0);
+        let len = head.len().min(1 << 19);
+        bytes[..len].copy_from_slice(&head[..len]);
+        for name in ["disk", "disk.vhd"] {
+            std::fs::write(folder.path(name), &bytes).unwrap();
+            assert_eq!(folder.walk(name, asked(Format::Vhd)).unwrap(), [format!("{name} vhd")]);
+        }
+        folder.refused("disk", plain, &["format qcow2", "VHD", "--format vhd or --format qcow2"]);
+        assert_eq!(folder.walk("disk.vhd", plain).unwrap(), ["disk.vhd vhd"]);
+        // Cut off before its footer.
+        std::fs::write(folder.path("disk.vhd"), &bytes[..bytes.len() - 512]).unwrap();
+        folder.refused("disk.vhd", plain, &["format qcow2", "VHD", "--format vhd or --format qcow2"]);
+        std::fs::write(folder.path("disk.vhd"), &bytes).unwrap();
+        // The same below others.
+        for (backing, format, expected) in [
+            ("disk", None, None),
+            ("disk.vhd", None, Some("disk.vhd vhd")),
+            ("disk", Some("vpc"), Some("disk vhd")),
+        ] {
+            folder.over("top.qcow2", backing, format);
+            match expected {
+                Some(expected) => assert_eq!(folder.walk("top.qcow2", plain).unwrap()[1..], [expected]),
+                None => {
+                    folder.refused("top.qcow2", plain, &["top.qcow2 names the backing file", "Which is it?"])
+                }
+            }
+        }
+    }
+    assert!(std::fs::read(folder.path("victim.raw")).unwrap() == victim);
+    // One that encrypts its disk keeps it.
+    let mut bytes = whole;
+    bytes[..8].copy_from_slice(b"LUKS\xba\xbe\0\x02");
+    for name in ["disk", "disk.vhd"] {
+        std::fs::write(folder.path(name), &bytes).unwrap();
+        assert_eq!(folder.walk(name, plain).unwrap(), [format!("{name} vhd")]);
+    }
+    // What is called so and is none is not taken for raw either.
+    folder.raw("none.vhd");
+    folder.refused("none.vhd", plain, &["no VHD, or a damaged one"]);
 }
 
 #[test]

@@ -472,3 +472,210 @@ fn encrypted_images_are_refused_by_name() {
         assert!(error.to_string().contains("encrypted"), "{error}");
     });
 }
+
+/// A dynamic image of a disk of 8 MiB, all of it 0x55.
+async fn filled(handle: &Handle) -> Vec<u8> {
+    let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+    vhd::create(&ram, &Create { size: 8 * MIB, ..Create::default() }).await.unwrap();
+    let disk = over(handle, ram.clone(), false).await;
+    disk.write(0, Buf::from_bytes(&vec![0x55; 8 << 20])).await.unwrap();
+    disk.close().await.unwrap();
+    contents(&ram).await
+}
+
+#[test]
+fn what_was_cut_off_the_last_block_never_becomes_zeroes_unasked() {
+    run(async |handle| {
+        let whole = filled(&handle).await;
+        for cut in [1024, 513, 1 << 20, (2 << 20) - 4096] {
+            let bytes = &whole[..whole.len() - cut];
+            let ram = stored(bytes).await;
+            let error = open_image(&handle, ram.clone(), true).await.err().unwrap();
+            assert!(error.to_string().contains("cut off"), "{error}");
+            let error = vhd::resize(&ram, 16 * MIB).await.unwrap_err();
+            assert!(error.to_string().contains("cut off"), "{error}");
+            // Nor where only space was asked for.
+            let report = vhd::check(&ram, Repair::Leaks).await.unwrap();
+            assert!(report.corruptions == 1 && report.leaks_fixed == 0, "{report:?}");
+            assert!(contents(&ram).await == bytes, "{cut}");
+            let disk = Chain::new(&handle, Rc::new(open_image(&handle, ram.clone(), false).await.unwrap()));
+            let error = disk.read(8 * MIB - 512, Buf::zeroed(512)).await.unwrap_err();
+            assert_eq!(error.errno(), Errno::EIO);
+            drop(disk);
+            // What is lost is lost when somebody says so.
+            assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().corruptions_fixed, 1);
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_safe());
+            let found = all_of(&over(&handle, ram.clone(), false).await).await;
+            let there = found.iter().position(|byte| *byte == 0).unwrap();
+            assert_eq!(there, ((8 << 20) + 512 - cut) / 512 * 512);
+            assert!(found[..there].iter().all(|byte| *byte == 0x55));
+        }
+    });
+}
+
+#[test]
+fn a_block_that_was_cut_off_as_a_whole_is_told_from_one_that_blktap_gave_a_place() {
+    run(async |handle| {
+        let whole = filled(&handle).await;
+        let last = whole.len() - 512 - (2 << 20) - 512;
+        for len in [last, last - 512, last - 3584] {
+            let ram = stored(&whole[..len]).await;
+            assert_eq!(vhd::check(&ram, Repair::No).await.unwrap().corruptions, 1, "{len}");
+            assert_eq!(vhd::check(&ram, Repair::Leaks).await.unwrap().corruptions, 1, "{len}");
+            assert_eq!(ram.size(), len as u64);
+            let report = vhd::check(&ram, Repair::All).await.unwrap();
+            assert_eq!(report.corruptions_fixed, 1, "{report:?}");
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_clean());
+            judge(&contents(&ram).await);
+        }
+        // As blktap leaves it when its host dies: the footer that was there is filled with 0xc7, or as it was.
+        for footer in [&[0xc7; 512][..], &whole[whole.len() - 512..]] {
+            let bytes = [&whole[..last - 512], footer].concat();
+            let ram = stored(&bytes).await;
+            let report = vhd::check(&ram, Repair::No).await.unwrap();
+            assert!(report.is_safe(), "{report:?}");
+            assert!(
+                report.notes.iter().any(|note| note.contains("that place and nothing else")),
+                "{report:?}"
+            );
+            let disk = over(&handle, ram.clone(), false).await;
+            assert!(all_of(&disk).await[6 << 20..].iter().all(|byte| *byte == 0));
+        }
+    });
+}
+
+#[test]
+fn an_entry_far_behind_the_end_makes_no_long_file() {
+    run(async |handle| {
+        let mut bytes = filled(&handle).await;
+        bytes[1536 + 4..1536 + 8].copy_from_slice(&0xf300_0000_u32.to_be_bytes());
+        for at in [1536, 1536 + 4] {
+            let ram = stored(&bytes).await;
+            let report = vhd::check(&ram, Repair::Leaks).await.unwrap();
+            assert!(report.corruptions > 0 && report.leaks_fixed == 0, "{at}: {report:?}");
+            assert!(contents(&ram).await == bytes, "{at}");
+            assert!(vhd::resize(&ram, 16 * MIB).await.is_err());
+            assert!(contents(&ram).await == bytes, "{at}");
+            // It is put right at the cost of the block.
+            let report = vhd::check(&ram, Repair::All).await.unwrap();
+            assert!(report.is_clean() || report.is_safe(), "{report:?}");
+            assert!(ram.size() <= bytes.len() as u64);
+            // Then one without its footer.
+            let last = bytes.len() - 512;
+            bytes[last..].fill(0);
+        }
+    });
+}
+
+/// Says of a disk of 8 MiB that it has `size` bytes, or again that it has 8 MiB.
+fn claim(bytes: &mut [u8], size: u64) {
+    let last = bytes.len() - 512;
+    for at in [0, last] {
+        bytes[at + 48..at + 56].copy_from_slice(&size.to_be_bytes());
+        seal(bytes, at);
+    }
+}
+
+#[test]
+fn blocks_behind_the_end_of_the_disk_are_left_alone() {
+    run(async |handle| {
+        // Of Virtual PC and QEMU there are images whose disk is smaller, by its geometry, than by the size that others go by.
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: 8 * MIB, ..Create::default() }).await.unwrap();
+        let disk = over(&handle, ram.clone(), false).await;
+        disk.write(0, Buf::from_bytes(&[1; 4096])).await.unwrap();
+        disk.write(6 * MIB, Buf::from_bytes(&vec![6; 2 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        drop(disk);
+        let mut bytes = contents(&ram).await;
+        claim(&mut bytes, 4 * MIB);
+        let ram = stored(&bytes).await;
+        for repair in [Repair::No, Repair::Leaks, Repair::All] {
+            let report = vhd::check(&ram, repair).await.unwrap();
+            assert!(report.is_clean() && report.leaks_fixed + report.corruptions_fixed == 0, "{report:?}");
+            assert_eq!((report.allocated_clusters, report.total_clusters), (1, 2));
+        }
+        assert!(contents(&ram).await == bytes);
+        // Neither a new block nor the end comes over them.
+        let disk = over(&handle, ram.clone(), false).await;
+        disk.write(2 * MIB, Buf::from_bytes(&vec![2; 2 << 20])).await.unwrap();
+        disk.close().await.unwrap();
+        drop(disk);
+        let mut bytes = contents(&ram).await;
+        judge(&bytes);
+        claim(&mut bytes, 8 * MIB);
+        let found = all_of(&over(&handle, stored(&bytes).await, false).await).await;
+        assert!(found[2 << 20..4 << 20].iter().all(|byte| *byte == 2));
+        assert!(found[6 << 20..].iter().all(|byte| *byte == 6));
+        // A disk that becomes so large does not show them.
+        for size in [8 * MIB, 40 << 30] {
+            claim(&mut bytes, 4 * MIB);
+            let ram = stored(&bytes).await;
+            vhd::resize(&ram, size).await.unwrap();
+            judge(&contents(&ram).await);
+            assert!(vhd::check(&ram, Repair::No).await.unwrap().is_safe());
+            let disk = over(&handle, ram, false).await;
+            let buf = Buf::zeroed(8 << 20);
+            disk.read(0, buf.clone()).await.unwrap();
+            assert!(buf.to_vec()[..4 << 20] == found[..4 << 20], "{size}");
+            assert!(buf.to_vec()[4 << 20..].iter().all(|byte| *byte == 0), "{size}");
+        }
+        // One that lies over a block of the disk is a fault.
+        claim(&mut bytes, 4 * MIB);
+        bytes.copy_within(1536..1540, 1536 + 12);
+        let ram = stored(&bytes).await;
+        let error = open_image(&handle, ram.clone(), true).await.err().unwrap();
+        assert!(error.to_string().contains("lies over"), "{error}");
+        assert!(open_image(&handle, ram.clone(), false).await.is_ok(), "it can be read");
+        assert_eq!(vhd::check(&ram, Repair::No).await.unwrap().corruptions, 1);
+    });
+}
+
+#[test]
+fn the_footer_of_a_fixed_image_is_put_back() {
+    run(async |_| {
+        let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+        vhd::create(&ram, &Create { size: MIB, subformat: Subformat::Fixed, ..Create::default() })
+            .await
+            .unwrap();
+        ram.write(0, Buf::from_bytes(&vec![9; 1 << 20])).await.unwrap();
+        let whole = contents(&ram).await;
+        let last = whole.len() - 512;
+        // It was to grow when something ended that.
+        let ram = stored(&[&whole[..], &[0; 1 << 20]].concat()).await;
+        let error = vhd::check(&ram, Repair::No).await.unwrap_err();
+        assert!(error.to_string().contains("`tapdisk check -f vhd --repair all`"), "{error}");
+        assert_eq!(Header::read(&ram).await.unwrap_err().to_string(), error.to_string());
+        assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().leaks_fixed, 1);
+        assert!(contents(&ram).await == whole);
+        // blktap had it open.
+        let killed = [&whole[..last], &[0xc7; 512]].concat();
+        let ram = stored(&killed).await;
+        for repair in [Repair::No, Repair::Leaks] {
+            let error = vhd::check(&ram, repair).await.unwrap_err().to_string();
+            assert!(
+                error.contains("0xc7") && error.contains("`tapdisk check -f vhd --repair all`"),
+                "{error}"
+            );
+        }
+        assert!(contents(&ram).await == killed);
+        assert_eq!(vhd::check(&ram, Repair::All).await.unwrap().corruptions_fixed, 1);
+        assert!(vhd::check(&ram, Repair::No).await.unwrap().is_clean());
+        let found = contents(&ram).await;
+        assert!(found[..last] == whole[..last]);
+        judge(&found);
+    });
+}
+
+#[test]
+fn a_dynamic_image_without_both_footers_does_not_become_a_fixed_one() {
+    run(async |handle| {
+        let mut bytes = filled(&handle).await;
+        let last = bytes.len() - 512;
+        bytes[last..].fill(0xc7);
+        bytes[..512].fill(0);
+        let ram = stored(&bytes).await;
+        assert!(vhd::check(&ram, Repair::All).await.is_err());
+        assert!(contents(&ram).await == bytes);
+    });
+}

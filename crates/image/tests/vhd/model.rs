@@ -151,9 +151,11 @@ fn a_block_that_was_given_a_place_and_nothing_else_reads_as_nothing() {
                 }
             }
             let report = vhd::check(&stored(&bytes).await, Repair::No).await.unwrap();
-            assert!(report.is_safe(), "{report:?}");
+            // Where there is not even what blktap makes of a footer, the block may have been cut off.
+            assert_eq!(report.is_safe(), more > 0, "{report:?}");
             let left = stored(&bytes).await;
-            assert!(vhd::check(&left, Repair::Leaks).await.unwrap().is_safe());
+            let repair = if more > 0 { Repair::Leaks } else { Repair::All };
+            assert!(vhd::check(&left, repair).await.unwrap().is_safe());
             let report = vhd::check(&left, Repair::No).await.unwrap();
             assert!(report.is_clean(), "{report:?}");
         }

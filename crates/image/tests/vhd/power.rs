@@ -303,6 +303,12 @@ fn on_a_block_device_blocks_come_between_header_and_footer() {
             drop(disk);
             judge(&contents(&device).await);
             assert_eq!(device.size(), 3 * MIB);
+            let before = contents(&device).await;
+            for repair in [Repair::No, Repair::Leaks] {
+                let report = vhd::check_device(&device, repair).await.unwrap();
+                assert!(report.is_clean() && report.leaks_fixed == 0, "it is as long as it is: {report:?}");
+            }
+            assert!(contents(&device).await == before);
             assert!(all_of(&over(&handle, device.clone(), false).await).await == model);
         }
         // A device that is too small for the disk: full is ENOSPC, and what was written stays.
@@ -415,6 +421,52 @@ fn a_place_that_was_given_back_is_clean_when_it_is_used_again() {
             let bytes = contents(&storage).await;
             assert!(!bytes.windows(8).any(|some| some == [0xbd; 8]), "nothing is left of it");
             assert!(all_of(&over(&handle, storage, below).await).await == model);
+        }
+    });
+}
+
+#[test]
+fn what_a_killed_process_grew_is_tidied_up_by_the_next() {
+    run(async |handle| {
+        for (block, writes) in [(65536, 1), (65536, 3), (2 << 20, 1)] {
+            let storage = stored(&empty(block, false).await).await;
+            let disk = over(&handle, storage.clone(), false).await;
+            for at in 0..writes {
+                disk.write(at * 65536, Buf::from_bytes(&[3; 4096])).await.unwrap();
+            }
+            disk.flush().await.unwrap();
+            let left = stored(&contents(&storage).await).await;
+            assert!(vhd::check(&left, Repair::No).await.unwrap().leaks > 0);
+            over(&handle, left.clone(), false).await.close().await.unwrap();
+            let report = vhd::check(&left, Repair::No).await.unwrap();
+            assert!(report.is_clean(), "{report:?}");
+            assert_eq!(left.size(), report.image_end_offset);
+            judge(&contents(&left).await);
+        }
+    });
+}
+
+#[test]
+fn a_fixed_image_that_cannot_grow_stays_as_it_is() {
+    run(async |_| {
+        for step in 0..4 {
+            for errno in [Errno::ENOSPC, Errno::EIO] {
+                let ram: Rc<dyn Storage> = Rc::new(Ram::new(0));
+                let create = Create { size: MIB, subformat: Subformat::Fixed, ..Create::default() };
+                vhd::create(&ram, &create).await.unwrap();
+                let whole = contents(&ram).await;
+                let storage = Disk::new(&whole, false).await;
+                storage.fails.set(Some((step, errno)));
+                let file: Rc<dyn Storage> = storage.clone();
+                let result = vhd::resize(&file, 3 * MIB).await;
+                assert!(result.is_err(), "step {step}");
+                assert_eq!(Header::read(&file).await.unwrap().size(), MIB, "step {step}");
+                if step < 2 {
+                    assert!(contents(&file).await == whole, "step {step}");
+                }
+                vhd::resize(&file, 3 * MIB).await.unwrap();
+                judge(&contents(&file).await);
+            }
         }
     });
 }

@@ -41,6 +41,7 @@ pub(super) async fn run(handle: &Handle, arguments: &Check) -> anyhow::Result<Ex
         }
         Format::Qcow => qcow::check(&file, repair).await,
         Format::Qcow2 => qcow2::check(&file, repair).await,
+        Format::Vhd if is_block_device => vhd::check_device(&file, repair).await,
         Format::Vhd => vhd::check(&file, repair).await,
     };
     let report = report.with_context(|| format!("cannot check {}", source.file.display()))?;

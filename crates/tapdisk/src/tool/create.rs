@@ -130,13 +130,13 @@ async fn refuse_unclear(format: Format, below: &Layer) -> anyhow::Result<()> {
             Format::Qcow | Format::Qcow2 => "raw, since it is no VHD".to_owned(),
         },
         Format::Qcow => {
-            let look = probe::look(&below.file.storage).await?;
+            let look = probe::look(&below.file.storage, path, below.file.is_block_device).await?;
             match (look, probe::is_raw_by_name(path, below.file.is_block_device)) {
                 (Look::Nothing, true) if found == Format::Raw => return Ok(()),
                 (Look::Of(format), false) if format == found => return Ok(()),
                 (Look::Of(format), false) => format.name().to_owned(),
-                (Look::Nothing | Look::Foreign(_), false)
-                | (Look::Of(_) | Look::Foreign(_) | Look::Nothing, true) => {
+                (Look::Nothing | Look::Foreign(_) | Look::Unclear(_), false)
+                | (Look::Of(_) | Look::Foreign(_) | Look::Nothing | Look::Unclear(_), true) => {
                     "one of another format, by its name or its header".to_owned()
                 }
             }

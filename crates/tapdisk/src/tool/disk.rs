@@ -99,8 +99,13 @@ impl<'a> Asked<'a> {
             return Ok(Format::Raw);
         }
         let path = self.path.display();
-        match probe::look(file).await.with_context(|| format!("cannot look at {path}"))? {
+        let look = probe::look(file, self.path, is_block_device).await;
+        match look.with_context(|| format!("cannot look at {path}"))? {
             Look::Of(format) => Ok(format),
+            Look::Unclear(begins) => bail!(
+                "{path} begins like an image of the format {begins}, but by its end or its name it is a VHD, and a guest may \
+                 have written one of them: -f vhd or -f {begins} says which it is"
+            ),
             Look::Foreign(name) => bail!("{path} looks like {name}, which tapdisk does not know"),
             Look::Nothing => {
                 bail!("{path} begins like no image that tapdisk knows: say with -f which it should be")

@@ -20,7 +20,8 @@ pub(super) async fn run(handle: &Handle, arguments: &Info) -> anyhow::Result<()>
     let source = &arguments.source;
     let layers = Asked::new(&source.file, source.format, access, &source.places).walk(handle).await?;
     if let (None, Some(Layer { file, header: Header::Raw { .. }, .. })) = (source.format, layers.first())
-        && let Ok(Look::Of(format)) = probe::look(&file.storage).await
+        && let Ok(Look::Of(format) | Look::Unclear(format)) =
+            probe::look(&file.storage, &file.path, file.is_block_device).await
     {
         let path = file.path.display();
         eprintln!(

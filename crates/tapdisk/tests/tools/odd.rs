@@ -347,3 +347,33 @@ fn space_is_reserved_where_zeroes_cannot_be() {
         assert!(format != "raw" || std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
     }
 }
+
+#[test]
+fn what_a_guest_writes_into_a_fixed_vhd_decides_nothing() {
+    let folder = Folder::new();
+    folder.tapdisk(&["create", "-f", "qcow2", "-o", "data_file=victim.raw", "trap", "1M"]);
+    folder.tapdisk(&["create", "-f", "vhd", "-o", "subformat=fixed", "disk", "1M"]);
+    let trap = std::fs::read(folder.path("trap")).unwrap();
+    let mut bytes = std::fs::read(folder.path("disk")).unwrap();
+    bytes[..trap.len()].copy_from_slice(&trap);
+    std::fs::write(folder.path("disk"), &bytes).unwrap();
+    std::fs::write(folder.path("disk.vhd"), &bytes).unwrap();
+    for words in [
+        &["info", "disk"][..],
+        &["check", "disk"],
+        &["map", "disk"],
+        &["convert", "-O", "raw", "disk", "copy"],
+        &["resize", "disk", "2M"],
+    ] {
+        folder.refuses(words, 1, &["qcow2", "VHD", "vhd or -", "says which it is"]);
+    }
+    assert_eq!(folder.names(), ["disk", "disk.vhd", "trap", "victim.raw"]);
+    for words in [&["disk.vhd"][..], &["-f", "vhd", "disk"]] {
+        let ended = folder.tapdisk(&[&["info", "--json"], words].concat());
+        assert_eq!(ended.json()["format"], "vhd");
+        folder.tapdisk(&[&["check"], words].concat());
+        folder.tapdisk(&[&["convert", "-O", "raw"], words, &["copy"]].concat());
+        assert!(std::fs::read(folder.path("copy")).unwrap() == bytes[..MIB as usize]);
+        std::fs::remove_file(folder.path("copy")).unwrap();
+    }
+}
