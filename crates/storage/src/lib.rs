@@ -76,7 +76,8 @@ pub trait Storage {
     fn grow(&self) -> Io<'_, u64>;
 
     /// Makes it this many bytes long, for an image format whose file grows as it is filled. What is added reads as
-    /// zero; what is cut off is gone. Spans of operations under way lie within both sizes.
+    /// zero; what is cut off is gone. Spans of operations under way lie within both sizes. `size` tells of a larger one when
+    /// this has ended: a flush that begins then covers it.
     ///
     /// A block device has the size it has: asked for more it answers ENOSPC, asked for less it stays as it is.
     fn resize(&self, bytes: u64) -> Io<'_>;

@@ -1,5 +1,6 @@
 //! A file of the world's as a storage, a ledger of the world's, and what runs on both.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -22,11 +23,13 @@ const ARENA: usize = 4096;
 pub(crate) struct Recorder {
     world: Rc<World>,
     file: usize,
+    /// Bytes, of which more are told when the growth has been answered, so that a sync that begins then covers it.
+    size: Cell<u64>,
 }
 
 impl Recorder {
     pub(crate) fn new(world: &Rc<World>, file: usize) -> Recorder {
-        Recorder { world: world.clone(), file }
+        Recorder { world: world.clone(), file, size: Cell::new(world.size(file)) }
     }
 
     /// It begins when it is first looked after, as with a ring; whoever then drops it does not end it.
@@ -50,7 +53,7 @@ impl Recorder {
 
 impl Storage for Recorder {
     fn size(&self) -> u64 {
-        self.world.size(self.file)
+        self.size.get()
     }
 
     fn limits(&self) -> Limits {
@@ -102,7 +105,13 @@ impl Storage for Recorder {
     }
 
     fn resize(&self, bytes: u64) -> Io<'_> {
-        Box::pin(self.act(Act::Resize(bytes), self.whole(), None))
+        Box::pin(async move {
+            let size = self.size.get();
+            self.size.set(size.min(bytes));
+            let result = self.act(Act::Resize(bytes), self.whole(), None).await;
+            self.size.set(if result.is_ok() { bytes } else { size });
+            result
+        })
     }
 
     fn poison(&self) -> Option<Error> {
