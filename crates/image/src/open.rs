@@ -30,14 +30,13 @@ impl Disk {
     /// The files that are written: none where the disk is only read, else that of the image, and that with its data where
     /// it is another one.
     pub fn written(&self) -> impl Iterator<Item = &Held> {
-        let files = self.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data));
-        files.filter(|held| !held.read_only)
+        self.layers.iter().flat_map(Layer::files).filter(|held| !held.read_only)
     }
 
     /// The files that are only read and of which a sync has failed, by whoever wrote them, and its error: what is read there
     /// may not be what is on the disk.
     pub fn suspect(&self) -> impl Iterator<Item = (&Held, Error)> {
-        let files = self.layers.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data));
+        let files = self.layers.iter().flat_map(Layer::files);
         files.filter(|held| held.read_only).filter_map(|held| Some((held, held.record.as_ref()?.restore()?)))
     }
 }
@@ -92,8 +91,11 @@ pub async fn open(handle: &Handle, path: &Path, mut options: Options) -> Result<
 
 /// How many changes its ledger has now, if that is to be found out; `pending` were there before.
 fn left(layer: &Layer, pending: usize) -> usize {
+    if pending == 0 {
+        return 0;
+    }
     let changes = ledger(layer).ok().flatten().and_then(|ledger| ledger.changes().ok());
-    if pending == 0 { 0 } else { changes.map_or(pending, |changes| changes.len()) }
+    changes.map_or(pending, |changes| changes.len())
 }
 
 async fn open_image(handle: &Handle, layer: &Layer, settings: Settings) -> Result<Rc<dyn Image>, ImageError> {

@@ -7,6 +7,7 @@
 //! The first bytes of a fixed VHD are its guest's too, and the last ones of a qcow2 image may be: where the two ends are of
 //! different formats, neither is believed. What is called .vhd is a VHD, then, or nothing.
 
+use std::fmt;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -31,6 +32,26 @@ pub enum Look {
     Nothing,
     /// It begins like an image of this format, and by its end or its name it is a VHD: a guest may have written one of them.
     Unclear(Format),
+}
+
+/// To be read after the name of a file.
+impl fmt::Display for Look {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Look::Of(format) => write!(formatter, "begins like an image of the format {format}"),
+            Look::Foreign(name) => {
+                write!(formatter, "begins like an image of the format {name}, which is not known here")
+            }
+            Look::Unclear(format) => write!(
+                formatter,
+                "begins like an image of the format {format}, but by its end or its name it is a VHD, and a guest may have \
+                 written one of them"
+            ),
+            Look::Nothing => {
+                formatter.write_str("begins like no image of a known format (raw, qcow, qcow2, vhd)")
+            }
+        }
+    }
 }
 
 /// Whether it is raw by its name or kind: called .raw or .img, or a block device.

@@ -80,11 +80,15 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// Its file, and that with its data where it is another one.
+    pub fn files(&self) -> impl Iterator<Item = &Held> {
+        std::iter::once(&self.file).chain(&self.data)
+    }
+
     /// The error of a sync of one of its files that failed in a process before this one. A raw image is poisoned by its file
     /// itself.
     pub(crate) fn poison(&self) -> Option<Error> {
-        let mut files = std::iter::once(&self.file).chain(&self.data);
-        files.find_map(|held| held.poison.clone()).filter(|_| self.header.format() != Format::Raw)
+        self.files().find_map(|held| held.poison.clone()).filter(|_| self.header.format() != Format::Raw)
     }
 }
 
@@ -372,27 +376,24 @@ impl Walk<'_> {
             (Look::Of(format), false) => Ok(format),
             // A guest may have written that header; or somebody has called another image so.
             (Look::Nothing | Look::Foreign(_), false) => {
-                let found = described(look);
                 Err(self.refuse(
                     name,
                     Role::Backing,
-                    &format!("and says nothing of its format, which {found}. If it is raw, its name has to end in .raw or .img; {how}"),
+                    &format!("and says nothing of its format, which {look}. If it is raw, its name has to end in .raw or .img; {how}"),
                 ))
             }
             (Look::Of(_) | Look::Foreign(_) | Look::Unclear(_), true) => {
-                let found = described(look);
                 Err(self.refuse(
                     name,
                     Role::Backing,
-                    &format!("and says nothing of its format: its name says raw, but it {found}. Which is it? {how}"),
+                    &format!("and says nothing of its format: its name says raw, but it {look}. Which is it? {how}"),
                 ))
             }
             (Look::Unclear(_), false) => {
-                let found = described(look);
                 Err(self.refuse(
                     name,
                     Role::Backing,
-                    &format!("and says nothing of its format, and it {found}. Which is it? {how}"),
+                    &format!("and says nothing of its format, and it {look}. Which is it? {how}"),
                 ))
             }
         }
@@ -413,9 +414,8 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         match look {
             Ok(Look::Nothing) => {}
             Ok(look) => {
-                let looks = described(look);
                 tracing::warn!(
-                    image = %path, looks,
+                    image = %path, looks = look.to_string(),
                     "taken for raw, as its name or kind says, whatever a guest has written to it; --format says otherwise"
                 );
             }
@@ -432,14 +432,12 @@ async fn format_of_top(file: &Held, options: &Options) -> Result<Format, ImageEr
         ))),
         Look::Of(format) => Ok(format),
         Look::Nothing if options.file.create.is_some() => Ok(Format::Raw),
-        look @ Look::Unclear(begins) => Err(ImageError::Refused(format!(
-            "{path} {}: {by} vhd or {by} {begins} says which it is",
-            described(look)
-        ))),
-        look @ (Look::Nothing | Look::Foreign(_)) => Err(ImageError::Refused(format!(
-            "{path} {}: {by} raw takes its bytes as they are",
-            described(look)
-        ))),
+        look @ Look::Unclear(begins) => {
+            Err(ImageError::Refused(format!("{path} {look}: {by} vhd or {by} {begins} says which it is")))
+        }
+        look @ (Look::Nothing | Look::Foreign(_)) => {
+            Err(ImageError::Refused(format!("{path} {look}: {by} raw takes its bytes as they are")))
+        }
     }
 }
 
@@ -447,19 +445,6 @@ async fn look(file: &Held) -> Result<Look, ImageError> {
     probe::look(&file.storage, &file.path, file.is_block_device)
         .await
         .map_err(|error| ImageError::from(error).within(file.path.display()))
-}
-
-/// To be read after the name of a file.
-fn described(look: Look) -> String {
-    match look {
-        Look::Of(format) => format!("begins like an image of the format {format}"),
-        Look::Foreign(name) => format!("begins like an image of the format {name}, which is not known here"),
-        Look::Unclear(format) => format!(
-            "begins like an image of the format {format}, but by its end or its name it is a VHD, and a guest may have \
-             written one of them"
-        ),
-        Look::Nothing => "begins like no image of a known format (raw, qcow, qcow2, vhd)".into(),
-    }
 }
 
 /// What to do about a name that leads to the wrong place.

@@ -274,10 +274,7 @@ impl Check<'_> {
         }
         for block in dropped {
             entries[block] = UNUSED;
-            let at = sparse.second.table_at.get() + block as u64 * 4;
-            write(self.file, at, &UNUSED.to_be_bytes()).await?;
-            self.report
-                .note(|| format!("block {block} was dropped: it reads as if it had never been written"));
+            self.drop_block(sparse, block).await?;
         }
         let used: Vec<u64> = entries
             .iter()
@@ -289,6 +286,14 @@ impl Check<'_> {
         self.report.fragmented_clusters =
             (used.len().saturating_sub(1) - used.windows(2).filter(is_behind).count()) as u64;
         Ok(entries)
+    }
+
+    /// Takes the entry of a block out of the table.
+    async fn drop_block(&mut self, sparse: &Sparse, block: usize) -> Result<(), ImageError> {
+        let at = sparse.second.table_at.get() + block as u64 * 4;
+        write(self.file, at, &UNUSED.to_be_bytes()).await?;
+        self.report.note(|| format!("block {block} was dropped: it reads as if it had never been written"));
+        Ok(())
     }
 
     /// Looks for sectors of the last block that are marked as written and are not in the file: it was cut off. Gives the
@@ -327,10 +332,7 @@ impl Check<'_> {
                 self.report.note(what);
             } else if self.corruption(what) {
                 *entry = UNUSED;
-                let at = sparse.second.table_at.get() + block as u64 * 4;
-                write(self.file, at, &UNUSED.to_be_bytes()).await?;
-                self.report
-                    .note(|| format!("block {block} was dropped: it reads as if it had never been written"));
+                self.drop_block(sparse, block).await?;
             }
         }
         Ok(entries)

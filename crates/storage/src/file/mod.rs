@@ -337,7 +337,7 @@ impl File {
             let found = self.seek(0, Seek::End).await?;
             let size = self.size.get();
             if before == self.resizes.get() && before.running == 0 {
-                return if found < size { Err(sync::shrunk(found, size)) } else { Ok(found) };
+                return if found < size { Err(shrunk(found, size)) } else { Ok(found) };
             }
             // It may be from before or after our own doing.
             self.handle.sleep(RESIZING).await;
@@ -592,6 +592,11 @@ fn pieces(span: Span, len: u64, align: u64) -> impl Iterator<Item = Span> {
         rest = others;
         (!piece.is_empty()).then_some(piece)
     })
+}
+
+/// The error of a file that somebody has cut off while it is served; sizes in bytes.
+fn shrunk(found: u64, size: u64) -> Error {
+    Error::new(Errno::EIO, format!("the file has shrunk to {found} bytes, {size} are served"))
 }
 
 fn file_name(path: &Path) -> String {

@@ -172,8 +172,3 @@ async fn sync(handle: &Handle, fd: &Rc<Fd>) -> Result<()> {
         }
     }
 }
-
-/// The error of a file that somebody has cut off while it is served; sizes in bytes.
-pub(super) fn shrunk(found: u64, size: u64) -> Error {
-    Error::new(Errno::EIO, format!("the file has shrunk to {found} bytes, {size} are served"))
-}

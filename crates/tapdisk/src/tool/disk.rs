@@ -102,10 +102,7 @@ impl<'a> Asked<'a> {
         let look = probe::look(file, self.path, is_block_device).await;
         match look.with_context(|| format!("cannot look at {path}"))? {
             Look::Of(format) => Ok(format),
-            Look::Unclear(begins) => bail!(
-                "{path} begins like an image of the format {begins}, but by its end or its name it is a VHD, and a guest may \
-                 have written one of them: -f vhd or -f {begins} says which it is"
-            ),
+            look @ Look::Unclear(begins) => bail!("{path} {look}: -f vhd or -f {begins} says which it is"),
             Look::Foreign(name) => bail!("{path} looks like {name}, which tapdisk does not know"),
             Look::Nothing => {
                 bail!("{path} begins like no image that tapdisk knows: say with -f which it should be")
@@ -256,7 +253,7 @@ pub(super) fn refuse_loop(image: &Path, below: &[Layer]) -> anyhow::Result<()> {
 /// One of these cannot be looked at.
 pub(super) fn one_of<'a>(images: &'a [Layer], path: &Path) -> anyhow::Result<Option<&'a Path>> {
     let Ok(wanted) = std::fs::metadata(path) else { return Ok(None) };
-    for file in images.iter().flat_map(|layer| std::iter::once(&layer.file).chain(&layer.data)) {
+    for file in images.iter().flat_map(Layer::files) {
         let found = std::fs::metadata(&file.path)
             .with_context(|| format!("cannot look at {}", file.path.display()))?;
         if is_same(&found, &wanted) {
